@@ -32,6 +32,45 @@ tsan: kv-tsan ## build ./kv-tsan, with ThreadSanitizer
 kv-tsan: kv.c
 	$(CC) $(STRICT) -O1 -g -fno-omit-frame-pointer -fsanitize=thread -o $@ kv.c -pthread
 
+# What clang-tidy is not asked, and why: insecureAPI wants functions that C11 has made optional
+# and libc lacks; swappable parameters and padding are matters of taste; a descriptor is passed to
+# a thread as a pointer; sizeof of a pointer is meant where the table is one of pointers.
+TIDY = -*,clang-analyzer-*,bugprone-*,performance-*,portability-*,$\
+       -clang-analyzer-security.insecureAPI.*,-clang-analyzer-optin.performance.Padding,$\
+       -bugprone-easily-swappable-parameters,-bugprone-sizeof-expression,$\
+       -performance-no-int-to-ptr
+
+lint: ## check kv.c, the scripts, the references of doc/ and the size budget
+	clang-format --dry-run -Werror kv.c
+	clang-tidy --quiet --warnings-as-errors='*' --checks='$(TIDY)' kv.c -- $(STRICT)
+	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
+	    --error-exitcode=1 kv.c
+	shellcheck test.sh .ci/run .ci/docrefs .ci/budget
+	.ci/docrefs
+	.ci/budget
+
+# apt-get as root, or through sudo; brew on macOS. No service is started.
+deps: ## install what the tests need: bats 1.8 or newer, nc, redis-cli
+	@$(call install,bats netcat-openbsd procps redis-tools,bats-core redis)
+	@bats --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 8) }' || \
+	    { echo 'bats 1.8 or newer is needed: npm install -g bats'; exit 1; }
+
+deps-all: deps ## and what make lint, .ci/run and comparisons with Redis need
+	@$(call install,gcc clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
+	    strace redis-server,llvm cppcheck shellcheck cloc)
+
+# Debian starts the service of a package that it installs, unless a policy says no.
+POLICY  = /usr/sbin/policy-rc.d
+install = set -e; if command -v apt-get >/dev/null; then \
+	    if [ ! -e $(POLICY) ]; then trap '$(SUDO) rm -f $(POLICY)' EXIT; \
+	        printf '\#!/bin/sh\nexit 101\n' | $(SUDO) tee $(POLICY) >/dev/null; \
+	        $(SUDO) chmod 755 $(POLICY); fi; \
+	    $(SUDO) apt-get update -qq; \
+	    $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	        --no-install-recommends $(1) >/dev/null; \
+	elif command -v brew >/dev/null; then brew install $(2); \
+	else echo 'install these with your package manager: $(1)'; exit 1; fi
+
 format: ## format kv.c
 	clang-format -i kv.c
 

@@ -2,13 +2,8 @@
  *
  * === 0 The map ======================================================================
  *
- * People talk to kv in lines of text over TCP; it keeps keys and values in memory:
- *
- *     $ nc localhost 8080
- *     SET greeting "hello world"
- *     OK
- *     GET greeting
- *     hello world
+ * People talk to kv in lines of text over TCP (nc localhost 8080), client libraries in
+ * RESP; it keeps keys and values in memory.
  *
  *      clients             threads                                memory
  *
@@ -27,10 +22,9 @@
  * for each other only when their keys share a shard.
  *
  * Lock order. A thread holds at most one shard lock; FLUSHALL is the exception and takes
- * all of them in the order of their numbers. The lock of the list of clients is never
- * held together with a shard lock. Nothing that may block (a read, a send, a sleep) is
- * done under a lock. A lock or unlock of a healthy mutex cannot fail, so these calls
- * alone go unchecked.
+ * all of them in the order of their numbers. There is no other lock: what else threads
+ * share is atomic. Nothing that may block (a read, a send, a sleep) is done under a lock.
+ * Locking and unlocking a healthy mutex cannot fail, so these calls go unchecked.
  *
  * The sections build on each other and each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers    3 Requests   4 Replies       5 Hashing
@@ -44,9 +38,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
-#include <stdalign.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -60,34 +52,27 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __GLIBC__
+#include <malloc.h> /* malloc_trim: glibc alone keeps what was freed in the middle */
+#else
+#define malloc_trim(unused) ((void)(unused))
+#endif
 
 #define KV_VERSION "0.1.0"
 
 /* The compiler checks the f-th argument, a format, against those behind it. */
 #define PRINTF_LIKE(f) __attribute__((format(printf, f, (f) + 1)))
 
-/* Sizes in bytes, but for MAX_WORDS. MAX_SHOWN is how much of a client's word an error or
-   the log repeats; SMALL_BUF what a connection's buffers begin with and shrink back to;
-   replies are sent when IO_CHUNK of them have gathered. Of a stack, memory is only what a
-   thread has touched. */
-enum {
-    MAX_WORDS = 1024,
-    MAX_SHOWN = 64,
-    SMALL_BUF = 1024,
-    IO_CHUNK = 65536,
-    STACK_SIZE = 65536
-};
+/* MAX_SHOWN bytes of a client's word are repeated by an error or the log; a connection's
+   buffers begin with SMALL_BUF bytes and shrink back to that; replies are sent when
+   IO_CHUNK bytes have gathered; of a STACK, memory is only what a thread has touched. */
+enum { MAX_WORDS = 1024, MAX_SHOWN = 64, COUNTER_STRIDE = 8 };
+enum { SMALL_BUF = 1024, IO_CHUNK = 65536, STACK = 65536 };
 
-/* The expiry thread looks every EXPIRY_TICK and removes up to EXPIRY_BATCH entries per lock;
-   KEYS looks at WALK_BUCKETS per lock. After SIGTERM clients have STOP_GRACE to take their
-   replies, and LINGER to read why they are closed. Times are in ms. */
-enum {
-    EXPIRY_TICK = 100,
-    EXPIRY_BATCH = 128,
-    WALK_BUCKETS = 64,
-    STOP_GRACE = 2000,
-    LINGER = 1000
-};
+/* The expiry thread looks every TICK and removes up to BATCH entries per lock; KEYS looks
+   at WALK_BUCKETS per lock. After SIGTERM clients have STOP_GRACE to take their replies,
+   and LINGER to read why they are closed. Times are in ms. */
+enum { TICK = 100, BATCH = 128, WALK_BUCKETS = 64, STOP_GRACE = 2000, LINGER = 1000 };
 
 /* Some bytes that belong to somebody else: a word of a request, a key, a value. */
 struct slice {
@@ -95,30 +80,34 @@ struct slice {
     size_t len;
 };
 
-/* Bytes that grow at the end. Owns p. Once memory was out, failed stays set and nothing is
-   added any more, so who fills a buffer need check only once, at the end. */
+/* Bytes that grow at the end. Owns p. Once memory was out, failed stays set and nothing
+   is added any more, so who fills a buffer need check only once, at the end. */
 struct buf {
     char *p;
     size_t len, cap;
     bool failed;
 };
 
-/* One connection; it lives on the stack of its thread and no other thread sees it. */
+/* One connection, on the stack of its thread; no other thread sees it. in holds what was
+   read and not yet run: the next request starts at pos, and scanned bytes of it have been
+   searched for its end. out holds replies not yet sent. resp is the form of the request
+   and its reply, 0: text, 2 or 3: RESP, version the one that HELLO chose; crlf: lines of
+   the reply end in CRLF; skipping: inside a line that is too long; closing: why to close
+   as soon as the replies are out, or NULL; broken: nothing more can be sent. argv are the
+   words of the request, which point into in, bytes their sum. Where cmd works on a key:
+   the key, its shard (locked), what the table knows of its hash, and the link that holds
+   its entry, or the NULL for a new one. */
 struct conn {
-    int fd;
-    bool crlf;           /* the request ended in CRLF, so its reply does */
-    bool skipping;       /* inside a line that is too long, up to its newline */
-    bool broken;         /* nothing more can be sent */
-    const char *closing; /* why to close as soon as the replies are out, or NULL */
-    struct buf in, out;  /* what was read and not yet run, replies not yet sent */
-    size_t pos, scanned; /* in: where the next request starts; how far it was searched */
-    const struct command *cmd; /* the command that runs, and, where it works on a key: */
-    struct slice key;
-    struct shard *shard; /* the key's shard, locked */
-    struct entry **link; /* the link that holds its entry, or the NULL where it belongs */
-    uint32_t hash;       /* what the table knows of its hash */
-    size_t argc;
-    struct slice argv[MAX_WORDS]; /* the request's words; they point into in */
+    int fd, resp, version;
+    bool crlf, skipping, broken;
+    const char *closing;
+    struct buf in, out;
+    size_t pos, scanned, argc, bytes;
+    const struct command *cmd;
+    struct shard *shard;
+    struct entry **link;
+    uint32_t hash;
+    struct slice key, argv[MAX_WORDS];
 };
 
 /* A string to return by value. */
@@ -126,169 +115,140 @@ struct text {
     char text[4 * MAX_SHOWN + 8];
 };
 
-/* Counts the commands of one connection after the other, by its descriptor. Only one
-   thread writes it at a time; the padding keeps others off its cache line. */
-struct counter {
-    atomic_ulong n;
-    char padding[56];
-};
-
-static struct counter *commands_by_fd;
+/* Commands run, by the connection's descriptor: each is written by one thread at a time
+   and, COUNTER_STRIDE apart, has a cache line of its own. */
+static atomic_ulong *commands_by_fd;
 static long max_fds;
 static atomic_long connected, connections; /* now, and ever */
-static int64_t started_ns;
+static int64_t started;                    /* in ticks() */
 static atomic_int stopping; /* 0: serving; 1: answering what has arrived; 2: giving up */
 
-/* ==================================================================================== */
-/* 1 Options and log                                                                    */
-/* ==================================================================================== */
-
+/* === 1 Options and log ============================================================= */
 static struct {
     const char *bind;
     long port, max_clients, timeout, max_memory, max_value, shards;
     long insecure, verbose, quiet, help, version;
 } opt = {"127.0.0.1", 8080, 10000, 0, 0, 1 << 20, 256, 0, 0, 0, 0, 0};
 
-/* A row says all about an option: parsing, checks and --help use it. */
+/* A row says all about an option: parsing, checks and --help use it. Without arg it is a
+   switch: a long that counts; with a max it is a number: a long; else a string. */
 static const struct option {
-    char letter;
+    char letter[4]; /* as in --help */
     const char *name, *arg;
-    void *to; /* without arg a long that counts; with a max a long; else a const char * */
+    void *to;
     long min, max;
     const char *help;
 } options[] = {
-    {'p', "port", "N", &opt.port, 0, 65535, "8080; 0: any free port"},
-    {'b', "bind", "ADDR", &opt.bind, 0, 0, "127.0.0.1; IPv4, IPv6 or a host name"},
-    {'c', "max-clients", "N", &opt.max_clients, 1, 1000000, "10000"},
-    {'t', "timeout", "SECONDS", &opt.timeout, 0, 1000000,
-     "0: never; else close the stuck"},
-    {'m', "max-memory", "MB", &opt.max_memory, 0, 1 << 30,
-     "0: no limit; else refuse writes"},
-    {0, "max-value", "BYTES", &opt.max_value, 1, 1 << 29, "1048576; the longest word"},
-    {'s', "shards", "N", &opt.shards, 1, 4096, "256; a power of two"},
-    {0, "insecure", NULL, &opt.insecure, 0, 0, "serve the network openly"},
-    {'v', "verbose", NULL, &opt.verbose, 0, 0, "log connections, -vv every command"},
-    {'q', "quiet", NULL, &opt.quiet, 0, 0, "log only trouble"},
-    {'h', "help", NULL, &opt.help, 0, 0, "print this"},
-    {'V', "version", NULL, &opt.version, 0, 0, "print the version"},
-    {0, NULL, NULL, NULL, 0, 0, NULL},
+    {"-p,", "port", "N", &opt.port, 0, 65535, "8080; 0: any free port"},
+    {"-b,", "bind", "ADDR", &opt.bind, 0, 0, "127.0.0.1; IPv4, IPv6 or a host name"},
+    {"-c,", "max-clients", "N", &opt.max_clients, 1, 1000000, "10000"},
+    {"-t,", "timeout", "SECONDS", &opt.timeout, 0, 1000000, "0: never; close when stuck"},
+    {"-m,", "max-memory", "MB", &opt.max_memory, 0, 1 << 30, "0: no limit, else OOM"},
+    {"", "max-value", "BYTES", &opt.max_value, 1, 1 << 29, "1048576; the longest word"},
+    {"-s,", "shards", "N", &opt.shards, 1, 4096, "256; a power of two"},
+    {"", "insecure", "", &opt.insecure, 0, 0, "serve the network openly"},
+    {"-v,", "verbose", "", &opt.verbose, 0, 0, "log connections, -vv every command"},
+    {"-q,", "quiet", "", &opt.quiet, 0, 0, "log only trouble"},
+    {"-h,", "help", "", &opt.help, 0, 0, "print this"},
+    {"-V,", "version", "", &opt.version, 0, 0, "print the version"},
+    {"", NULL, "", NULL, 0, 0, NULL},
 };
 
-/* What a line of the log is about; -q keeps the first two, -v and -vv add the last two. */
-enum level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_CLIENT, LOG_COMMAND };
+/* What a line of the log is about: -q keeps what comes before INFO, -v and -vv add what
+   comes behind. USAGE is about the command line. */
+enum level { USAGE, ERROR, WARN, INFO, CLIENT, COMMAND };
 
-static void log_line(enum level level, const char *fmt, ...) PRINTF_LIKE(2);
-static _Noreturn void die(int status, const char *fmt, ...) PRINTF_LIKE(2);
+#define SECOND INT64_C(1000000000) /* in ns */
 
 static int64_t clock_ns(clockid_t clock) {
     struct timespec t;
     clock_gettime(clock, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    return t.tv_sec * SECOND + t.tv_nsec;
 }
+
+/* Nanoseconds since some moment, which nobody sets: for how long something takes. */
+static int64_t ticks(void) { return clock_ns(CLOCK_MONOTONIC); }
 
 /* Milliseconds since 1970, for deadlines, which are moments of the wall clock. */
 static int64_t now_ms(void) { return clock_ns(CLOCK_REALTIME) / 1000000; }
 
 static bool logs(enum level level) {
-    return (int)level <= (opt.quiet ? LOG_WARN : LOG_INFO + (int)opt.verbose);
+    return (int)level <= (opt.quiet ? WARN : INFO + (int)opt.verbose);
 }
 
-/* Writes one line to stderr in one call, so that lines of several threads never mix. What
-   does not fit is cut. */
-static void log_args(enum level level, const char *fmt, va_list args) {
-    static const char *const names[] = {"ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
+/* Writes one line to stderr in one call, so that lines of several threads never mix; what
+   does not fit is cut. Returns the exit status for who wants to end with exit(say()). */
+static PRINTF_LIKE(2) int say(enum level level, const char *fmt, ...) {
+    static const char names[][6] = {"ERROR", "ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
     char line[1024];
-    int64_t now = now_ms();
+    int64_t ms = now_ms();
+    time_t seconds = ms / 1000;
     struct tm tm;
-    size_t n = strftime(line, sizeof line, "%Y-%m-%dT%H:%M:%S",
-                        gmtime_r(&(time_t){now / 1000}, &tm));
-    n += (size_t)snprintf(line + n, sizeof line - n, ".%03dZ %s ", (int)(now % 1000),
-                          names[level]);
+    va_list args;
+    if (!logs(level)) return 0;
+    size_t n = strftime(line, sizeof line, "%FT%T", gmtime_r(&seconds, &tm));
+    n += (size_t)snprintf(line + n, 16, ".%03dZ %s ", (int)(ms % 1000), names[level]);
+    va_start(args, fmt);
     n += (size_t)vsnprintf(line + n, sizeof line - n, fmt, args);
+    va_end(args);
     if (n > sizeof line - 1) n = sizeof line - 1;
     line[n++] = '\n';
-    if (write(STDERR_FILENO, line, n) < 0) return; /* nobody is left to tell */
+    if (write(STDERR_FILENO, line, n) < 0) return 1; /* nobody is left to tell */
+    return level == USAGE ? 2 : 1;
 }
 
-static void log_line(enum level level, const char *fmt, ...) {
-    va_list args;
-    va_start(args, fmt);
-    if (logs(level)) log_args(level, fmt, args);
-    va_end(args);
-}
-
-/* Ends the program: status 2 for a wrong command line, 1 when something failed. */
-static _Noreturn void die(int status, const char *fmt, ...) {
-    va_list args;
-    va_start(args, fmt);
-    log_args(LOG_ERROR, fmt, args);
-    va_end(args);
-    exit(status);
-}
-
-static long parse_number(const struct option *o, const char *value) {
-    char *end;
-    long n = strtol(value, &end, 10);
-    if (!isdigit((unsigned char)*value) || *end || n < o->min || n > o->max)
-        die(2, "--%s %s: use a number from %ld to %ld", o->name, value, o->min, o->max);
-    return n;
-}
-
-/* Accepts -n value, -nvalue, switches run together (-vv), --name value and --name=value. To
-   getopt a word that begins with -- is the option '-' with the rest as its value. */
+/* Accepts -n value, -nvalue, --name value, --name=value and -vv. To getopt a word that
+   begins with -- is option '-' with the rest as value; ':' lacks its value. */
 static void parse_options(int argc, char **argv) {
-    opterr = 0;
-    for (int letter; (letter = getopt(argc, argv, "p:b:c:t:m:s:vqhV-:")) != -1;) {
+    for (int letter; (letter = getopt(argc, argv, ":p:b:c:t:m:s:vqhV-:")) != -1;) {
         const struct option *o = options;
-        char *name = letter == '-' ? optarg : NULL, *value = optarg;
+        char *name = letter == '-' ? optarg : NULL, *end;
+        char *value = letter == ':' ? NULL : optarg;
         size_t n = name ? strcspn(name, "=") : 0;
-        while (o->name &&
-               (name ? strncmp(o->name, name, n) || o->name[n] : o->letter != letter))
-            o++;
-        if (!o->name || (name && name[n] && !o->arg))
-            die(2, "%s: no such option, or no value for it; see kv --help",
-                argv[optind - 1]);
-        if (name) value = name[n] ? name + n + 1 : o->arg ? argv[optind++] : NULL;
-        if (o->arg && !value)
-            die(2, "--%s needs a value: --%s %s", o->name, o->name, o->arg);
-        if (!o->arg) ++*(long *)o->to;
-        else if (o->max) *(long *)o->to = parse_number(o, value);
-        else *(const char **)o->to = value;
+        if (letter == ':') letter = optopt;
+        for (; o->name; o++)
+            if (n ? !strncmp(o->name, name, n) && !o->name[n] : o->letter[1] == letter)
+                break;
+        if (!o->name) exit(say(USAGE, "%s: see kv --help", argv[optind - 1]));
+        if (n) value = name[n] ? name + n + 1 : *o->arg ? argv[optind++] : NULL;
+        if (!value != !*o->arg)
+            exit(say(USAGE, "--%s %s value", o->name, *o->arg ? "needs a" : "takes no"));
+        const char *digits = value && o->max ? value : "0";
+        long number = strtol(digits, &end, 10);
+        if (*end || number < o->min || number > o->max || *digits < '0')
+            exit(say(USAGE, "--%s %s is not %ld to %ld", o->name, value, o->min, o->max));
+        if (o->max) *(long *)o->to = number;
+        else if (value) *(const char **)o->to = value;
+        else ++*(long *)o->to;
     }
-    if (argv[optind]) die(2, "%s is not an option; see kv --help", argv[optind]);
+    if (argv[optind]) exit(say(USAGE, "%s: see kv --help", argv[optind]));
     if (opt.shards & (opt.shards - 1))
-        die(2, "--shards %ld: use a power of two", opt.shards);
+        exit(say(USAGE, "--shards %ld is not a power of two", opt.shards));
 }
 
-/* Returns the exit status. */
+/* --help, or --version, which is its first line. Returns the exit status. */
 static int print_help(void) {
-    puts("kv " KV_VERSION ": a key-value server; talk to it with: nc localhost 8080");
+    puts("kv " KV_VERSION ", a key-value server; talk to it with: nc localhost 8080");
     for (const struct option *o = options; opt.help && o->name; o++)
-        printf("  %c%c --%-11s %-8s %s\n", o->letter ? '-' : ' ',
-               o->letter ? o->letter : ' ', o->name, o->arg ? o->arg : "", o->help);
-    return fflush(stdout) != 0;
+        printf("  %3s --%-11s %-7s  %s\n", o->letter, o->name, o->arg, o->help);
+    return fflush(stdout) ? say(ERROR, "cannot print: %s", strerror(errno)) : 0;
 }
 
-/* One end of a connection as text: 127.0.0.1:8080 or [::1]:8080. get is getpeername for
+/* One end of a connection as text, 127.0.0.1:8080 or [::1]:8080. get is getpeername for
    the other end, getsockname for ours. */
-typedef int get_name(int, struct sockaddr *, socklen_t *);
-static struct text address_of(int fd, get_name *get) {
+static struct text address_of(int fd, int get(int, struct sockaddr *, socklen_t *)) {
     struct text out = {"a client that is gone"};
     struct sockaddr_storage sa;
     socklen_t len = sizeof sa;
     char host[64], port[8];
-    if (get(fd, (struct sockaddr *)&sa, &len) == 0 &&
-        getnameinfo((struct sockaddr *)&sa, len, host, sizeof host, port, sizeof port,
-                    NI_NUMERICHOST | NI_NUMERICSERV) == 0)
-        snprintf(out.text, sizeof out.text, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host,
-                 port);
+    if (!get(fd, (struct sockaddr *)&sa, &len) &&
+        !getnameinfo((struct sockaddr *)&sa, len, host, 64, port, 8,
+                     NI_NUMERICHOST | NI_NUMERICSERV))
+        sprintf(out.text, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
     return out;
 }
 
-/* ==================================================================================== */
-/* 2 Buffers                                                                            */
-/* ==================================================================================== */
-
+/* === 2 Buffers ===================================================================== */
 /* Makes room for n more bytes and returns where they go, or NULL when memory is out.
    Doubling makes growth cost the same for each byte, however many there will be. */
 static char *buf_reserve(struct buf *b, size_t n) {
@@ -296,8 +256,8 @@ static char *buf_reserve(struct buf *b, size_t n) {
     while (cap - b->len < n) cap *= 2; /* our limits keep this far from overflow */
     if (cap != b->cap && !b->failed) {
         char *p = realloc(b->p, cap);
-        b->failed = !p;
-        if (p) b->p = p, b->cap = cap;
+        if (p) *b = (struct buf){p, b->len, cap, false};
+        else b->failed = true;
     }
     return b->failed ? NULL : b->p + b->len;
 }
@@ -316,28 +276,34 @@ static void buf_slim(struct buf *b) {
     *b = (struct buf){.failed = b->failed};
 }
 
-/* ==================================================================================== */
-/* 3 Requests                                                                           */
-/* ==================================================================================== */
+/* === 3 Requests ==================================================================== */
+static bool reply_format(struct conn *, const char *, const char *, ...) PRINTF_LIKE(3);
 
-static bool reply_error(struct conn *c, const char *fmt, ...) PRINTF_LIKE(2);
+/* An error reply: a message that begins with a code word, mostly ERR. It is false, so
+   that a command can end with return fail(). */
+#define fail(c, ...) reply_format(c, "-", __VA_ARGS__)
 
 static bool is_blank(char c) { return c == ' ' || c == '\t'; }
 
 /* Whether a word is name, in upper or lower case. */
 static bool word_is(struct slice word, const char *name) {
-    return strncasecmp(word.p, name, word.len) == 0 && !name[word.len];
+    return word.len == strlen(name) && strncasecmp(word.p, name, word.len) == 0;
 }
 
-/* Reads a number of 64 bits as strictly as Redis does: it must look as we would print it,
-   so no blank, plus sign or leading zero, and no overflow. */
+/* Reads a number of 64 bits as strictly as Redis does: no blank, plus sign or leading
+   zero, and no overflow. Counts downwards, for INT64_MIN has no positive counterpart. */
 static bool parse_int(struct slice s, int64_t *n) {
-    char text[24] = "", canonical[24];
-    if (s.len >= sizeof text) return false;
-    memcpy(text, s.p, s.len);
-    *n = strtoll(text, NULL, 10);
-    int len = snprintf(canonical, sizeof canonical, "%" PRId64, *n);
-    return (size_t)len == s.len && memcmp(text, canonical, s.len) == 0;
+    bool minus = s.len > 0 && s.p[0] == '-';
+    if (s.len == minus || (s.p[minus] == '0' && s.len > 1)) return false;
+    *n = 0;
+    for (size_t i = minus; i < s.len; i++) {
+        int digit = s.p[i] - '0';
+        if (digit < 0 || digit > 9 || *n < (INT64_MIN + digit) / 10) return false;
+        *n = *n * 10 - digit;
+    }
+    if (!minus && *n == INT64_MIN) return false;
+    *n = minus ? *n : -*n;
+    return true;
 }
 
 /* The escapes that are a letter, and what they stand for. */
@@ -345,29 +311,26 @@ static const char escape_names[] = "\"\\nrt", escape_bytes[] = "\"\\\n\r\t";
 
 /* Decodes the escape at from to *to. Returns where it ends, or NULL if there is none. */
 static char *unescape(char *from, const char *end, char *to) {
-    const char *hit = end - from > 1 ? memchr(escape_names, from[1], 5) : NULL;
-    if (hit) {
-        *to = escape_bytes[hit - escape_names];
-        return from + 2;
-    }
-    if (end - from < 4 || from[1] != 'x' || !isxdigit((unsigned char)from[2]) ||
-        !isxdigit((unsigned char)from[3]))
-        return NULL;
-    *to = (char)strtol((char[]){from[2], from[3], 0}, NULL, 16);
-    return from + 4;
+    const char *hit =
+        end - from > 1 ? memchr(escape_names, from[1], sizeof escape_names - 1) : NULL;
+    if (hit) *to = escape_bytes[hit - escape_names];
+    else if (end - from > 3 && from[1] == 'x' && isxdigit((unsigned char)from[2]) &&
+             isxdigit((unsigned char)from[3]))
+        *to = (char)strtol((char[]){from[2], from[3], 0}, NULL, 16);
+    else return NULL;
+    return from + (hit ? 2 : 4);
 }
 
-/* Takes the word at *at off a line and moves *at behind it. It is decoded in place, which
-   works because an escape is longer than what it stands for. Returns NULL, or what is
-   wrong with the word. */
+/* Takes the word at *at off a line and moves *at behind it. It is decoded in place: an
+   escape is longer than what it stands for. Returns NULL, or what is wrong. */
 static const char *take_word(char **at, char *end, struct slice *word) {
-    char *from = *at, mark = *from == '"' || *from == '\'' ? *from : 0;
-    char *to = from += mark != 0;
+    int mark = **at == '"' || **at == '\'' ? **at : 0;
+    char *from = *at + (mark != 0), *to = from;
     word->p = to;
     while (from < end && (mark ? *from != mark : !is_blank(*from))) {
         if (mark != '"' || *from != '\\') *to++ = *from++;
         else if (!(from = unescape(from, end, to++)))
-            return "bad escape: in double quotes there are \\\" \\\\ \\n \\r \\t and \\xHH";
+            return "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH";
     }
     if (mark && (from == end || (++from < end && !is_blank(*from))))
         return "unbalanced quotes: a word that begins with a quote ends with one";
@@ -376,40 +339,92 @@ static const char *take_word(char **at, char *end, struct slice *word) {
     return NULL;
 }
 
+/* Adds a word to argv. Returns NULL, or what is wrong. */
+static const char *add_word(struct conn *c, struct slice word) {
+    size_t max = (size_t)opt.max_value;
+    c->bytes += word.len;
+    if (c->argc == MAX_WORDS) return "a request of more than 1024 words is too long";
+    if (word.len > max) return "a word over --max-value is too long";
+    if (c->bytes > 2 * max + IO_CHUNK)
+        return "a request over 2 x --max-value + 64 KiB is too long";
+    c->argv[c->argc++] = word;
+    return NULL;
+}
+
 /* Splits a line into argv. Returns NULL, or what is wrong with the line. */
 static const char *split_line(struct conn *c, char *at, char *end) {
-    size_t total = 0, max = (size_t)opt.max_value;
-    for (;; c->argc++) {
+    const char *wrong = NULL;
+    for (struct slice word; !wrong;) {
         while (at < end && is_blank(*at)) at++;
-        if (at == end || (c->argc == 0 && *at == '#')) return NULL;
-        if (c->argc == MAX_WORDS) return "a request of more than 1024 words is too long";
-        struct slice *word = &c->argv[c->argc];
-        const char *wrong = take_word(&at, end, word);
-        if (wrong) return wrong;
-        if (word->len > max) return "a word over --max-value is too long";
-        total += word->len;
-        if (total > 2 * max + IO_CHUNK)
-            return "a request over 2 x --max-value + 64 KiB is too long";
+        if (at == end || (c->argc == 0 && *at == '#')) break;
+        wrong = take_word(&at, end, &word);
+        if (!wrong) wrong = add_word(c, word);
     }
+    return wrong;
+}
+
+/* RESP is what client libraries speak: an array of strings, *2 $3 GET $1 a, each number
+   and string ended by CRLF. After an error nobody knows where the next one begins. */
+static bool protocol_error(struct conn *c, const char *what) {
+    c->closing = "protocol error";
+    return fail(c, "ERR Protocol error: %s", what);
+}
+
+/* Takes a type byte, a number up to max and CRLF off the input at *at. Returns false when
+   they have not arrived in full, or after an error. */
+static bool take_length(struct conn *c, size_t *at, char type, int64_t max, int64_t *n) {
+    char *p = c->in.p + *at;
+    size_t left = c->in.len - *at;
+    if (left > 0 && *p != type) return protocol_error(c, "expected '$'");
+    char *end = left > 0 ? memchr(p, '\n', left) : NULL;
+    if (!end && left < 32) return false;
+    struct slice digits = {p + 1, end && end[-1] == '\r' ? (size_t)(end - p) - 2 : 0};
+    if (!parse_int(digits, n) || *n > max || (*n < 0 && type == '$'))
+        return protocol_error(c, type == '*' ? "invalid multibulk length"
+                                             : "invalid bulk length");
+    *at += digits.len + 3;
+    return true;
+}
+
+/* Takes a RESP request off the input, as next_request does. One that has arrived in part
+   is parsed from its beginning each time: at most MAX_WORDS short steps per read. */
+static bool take_array(struct conn *c) {
+    size_t at = c->pos;
+    int64_t words = 0, len = 0;
+    if (!take_length(c, &at, '*', MAX_WORDS, &words)) return false;
+    while (words-- > 0) {
+        if (!take_length(c, &at, '$', opt.max_value, &len)) return false;
+        struct slice word = {c->in.p + at, (size_t)len};
+        if (c->in.len - at < word.len + 2) return false;
+        at += word.len + 2;
+        const char *wrong = add_word(c, word);
+        if (memcmp(word.p + len, "\r\n", 2) != 0) wrong = "expected CRLF after a string";
+        if (wrong) return protocol_error(c, wrong);
+    }
+    c->pos = at;
+    return true;
 }
 
 /* Takes the next request off the input; its words stay valid until the next read. Returns
-   false when it has not arrived in full. True with argc 0: there is nothing to run, for the
-   line was empty, or it was wrong and has been answered. */
+   false when it has not arrived in full. True with argc 0: there is nothing to run, for
+   the line was empty, or it was wrong and has been answered. */
 static bool next_request(struct conn *c) {
     size_t limit = 4 * (size_t)opt.max_value + IO_CHUNK, n = c->in.len - c->pos;
     char *line = c->in.p + c->pos;
-    c->argc = 0;
+    c->argc = c->bytes = 0;
     if (n > 0 && !c->skipping && *line == '\xff') c->closing = "interrupted by telnet";
     if (n == 0 || c->closing) return false;
+    c->resp = *line == '*' && !c->skipping ? c->version : 0;
+    c->crlf = c->resp;
+    if (c->resp) return take_array(c);
     char *newline = memchr(line + c->scanned, '\n', n - c->scanned);
-    if (!newline &&
-        n > limit + 1) { /* too long, even if the last byte is the CR of a CRLF */
-        c->skipping = true;
-        c->pos = c->in.len - 1; /* keep that byte */
-        n = 1;
-    }
     c->scanned = newline ? 0 : n;
+    if (!newline && n > limit + 1) {
+        /* Drop it, but for the last byte: that may be a CR. */
+        c->skipping = true;
+        c->pos = c->in.len - 1;
+        c->scanned = 1;
+    }
     if (!newline) return false;
     c->pos += (size_t)(newline - line) + 1;
     c->crlf = newline > line && newline[-1] == '\r';
@@ -418,17 +433,14 @@ static bool next_request(struct conn *c) {
                             ? "a line over 4 x --max-value + 64 KiB is too long"
                             : split_line(c, line, newline);
     c->skipping = false;
-    if (wrong) c->argc = 0, reply_error(c, "ERR %s", wrong);
-    return true;
+    if (wrong) c->argc = 0; /* what was split is not run */
+    return !wrong || !fail(c, "ERR %s", wrong);
 }
 
-/* ==================================================================================== */
-/* 4 Replies                                                                            */
-/* ==================================================================================== */
-
-/* Whether s can stand in a reply as it is, so that nobody takes it for an error, the end of
-   a list, a quoted value or more than one line. As a word it must also come back from
-   take_word unchanged. */
+/* === 4 Replies ===================================================================== */
+/* Whether s can stand in a reply as it is, so that nobody takes it for an error, the end
+   of a list, a quoted value or more than one line. As a word it must also pass take_word
+   unchanged. */
 static bool is_bare(struct slice s, bool as_word) {
     if (s.len == 0 || strchr("\"( ", s.p[0]) || s.p[s.len - 1] == ' ') return false;
     if (as_word && (s.p[0] == '\'' || memchr(s.p, ' ', s.len))) return false;
@@ -463,67 +475,69 @@ static struct text show(struct slice word) {
     return out;
 }
 
-static bool reply_line(struct conn *c, const char *prefix, const void *p, size_t n) {
-    buf_add(&c->out, prefix, strlen(prefix));
-    buf_add(&c->out, p, n);
+/* The bytes of a string. Nobody will write to them. */
+static struct slice str(const char *s) { return (struct slice){(char *)s, strlen(s)}; }
+
+/* A line of a reply, in RESP behind its type. Replies return true, but for errors, so
+   that a command can end with return reply_x(). */
+static bool reply(struct conn *c, const char *type, struct slice s) {
+    const char *first = c->resp ? type : *type == '-' ? "(error) " : "";
+    buf_add(&c->out, first, strlen(first));
+    buf_add(&c->out, s.p, s.len);
     buf_add(&c->out, c->crlf ? "\r\n" : "\n", c->crlf ? 2 : 1);
-    return true;
+    return *type != '-';
 }
 
-/* Replies return true, but for errors, so that a command can end with return reply_x(). */
-static bool reply_status(struct conn *c, const char *s) {
-    return reply_line(c, s, NULL, 0);
-}
-
-static bool reply_nil(struct conn *c) { return reply_line(c, "(nil)", NULL, 0); }
-
-/* The message begins with a code word, mostly ERR. Returns false. */
-static bool reply_error(struct conn *c, const char *fmt, ...) {
+static bool reply_format(struct conn *c, const char *type, const char *fmt, ...) {
     char text[1024];
     va_list args;
     va_start(args, fmt);
     vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    return !reply_line(c, "(error) ", text, strlen(text));
+    return reply(c, type, str(text));
 }
+
+static bool reply_status(struct conn *c, const char *s) { return reply(c, "+", str(s)); }
 
 static bool reply_int(struct conn *c, int64_t n) {
-    char text[24];
-    return reply_line(c, "", text, (size_t)snprintf(text, sizeof text, "%" PRId64, n));
+    return reply_format(c, ":", "%" PRId64, n);
 }
 
-/* A value: bare, or quoted where that could be misread. */
-static bool reply_bytes(struct conn *c, struct slice s, bool as_word) {
-    if (is_bare(s, as_word)) return reply_line(c, "", s.p, s.len);
+static bool reply_nil(struct conn *c) {
+    return reply(c, c->resp == 3 ? "_" : "$-1", str(c->resp ? "" : "(nil)"));
+}
+
+/* Puts a RESP type and length in front of what stands in c->out from start on. */
+static bool reply_header(struct conn *c, size_t start, char type, size_t n) {
+    char text[24];
+    size_t len = (size_t)snprintf(text, sizeof text, "%c%zu\r\n", type, n);
+    if (!buf_reserve(&c->out, len)) return true;
+    memmove(c->out.p + start + len, c->out.p + start, c->out.len - start);
+    memcpy(c->out.p + start, text, len);
+    c->out.len += len;
+    return true;
+}
+
+/* A value: in text bare, or quoted where that could be misread. */
+static bool reply_str(struct conn *c, struct slice s, bool as_word) {
+    if (c->resp) reply_header(c, c->out.len, '$', s.len);
+    if (c->resp || is_bare(s, as_word)) return reply(c, "", s);
     char *to = buf_reserve(&c->out, 4 * s.len + 3);
     if (to) c->out.len += quote(to, s);
-    return reply_line(c, "", NULL, 0);
+    return reply(c, "", str(""));
 }
 
-static bool reply_value(struct conn *c, struct slice s) {
-    return reply_bytes(c, s, false);
+static bool reply_value(struct conn *c, struct slice s) { return reply_str(c, s, false); }
+
+/* Ends a reply of n lines that stands in c->out from start on. */
+static bool reply_list(struct conn *c, size_t start, size_t n, const char *noun) {
+    if (c->resp) return reply_header(c, start, '*', n);
+    return reply_format(c, "", "(%zu %s%s)", n, noun, n == 1 ? "" : "s");
 }
 
-/* Ends a reply of n values. */
-static bool reply_list(struct conn *c, size_t n, const char *noun) {
-    char text[64];
-    snprintf(text, sizeof text, "(%zu %s%s)", n, noun, n == 1 ? "" : "s");
-    return reply_status(c, text);
-}
-
-/* ==================================================================================== */
-/* 5 Hashing                                                                            */
-/* ==================================================================================== */
-
-static uint64_t hash_seed[2];
-
-/* Draws the seed. Who does not know it cannot choose keys that collide. */
-static void hash_init(void) {
-    int fd = open("/dev/urandom", O_RDONLY);
-    if (fd < 0 || read(fd, hash_seed, sizeof hash_seed) != sizeof hash_seed)
-        die(1, "cannot read a hash seed from /dev/urandom: %s", strerror(errno));
-    close(fd);
-}
+/* === 5 Hashing ===================================================================== */
+/* Drawn at random: who does not know it cannot choose keys that collide. */
+static uint64_t seed[2];
 
 static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
 
@@ -543,13 +557,12 @@ static void sip_round(uint64_t v[4]) {
    round per eight bytes and three at the end. Words are loaded in the machine's own byte
    order; the result never leaves the process. */
 static uint64_t hash_bytes(struct slice s) {
-    uint64_t v[4] = {hash_seed[0] ^ 0x736f6d6570736575, hash_seed[1] ^ 0x646f72616e646f6d,
-                     hash_seed[0] ^ 0x6c7967656e657261,
-                     hash_seed[1] ^ 0x7465646279746573};
+    uint64_t v[4] = {seed[0] ^ 0x736f6d6570736575, seed[1] ^ 0x646f72616e646f6d,
+                     seed[0] ^ 0x6c7967656e657261, seed[1] ^ 0x7465646279746573};
     for (size_t at = 0; at <= s.len; at += 8) { /* the last word is short or empty */
         uint64_t word = 0;
         size_t n = s.len - at < 8 ? s.len - at : 8;
-        if (n > 0) memcpy(&word, s.p + at, n);
+        memcpy(&word, s.p + at, n);
         if (n < 8) word |= (uint64_t)s.len << 56;
         v[3] ^= word;
         sip_round(v);
@@ -560,47 +573,50 @@ static uint64_t hash_bytes(struct slice s) {
     return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
-/* ==================================================================================== */
-/* 6 The table                                                                          */
-/* ==================================================================================== */
-
+/* === 6 The table =================================================================== */
 enum { MIN_BITS = 4, NO_SLOT = -1 };
 
-/* A key and its value in one allocation, 24 bytes before the data. Its deadline, which
-   few keys have, stands in the heap. */
+/* A key and its value in one allocation: 24 bytes, the key, the value. Its deadline,
+   which few keys have, stands in the heap at slot, or slot is NO_SLOT. next is in the
+   same bucket. */
 struct entry {
-    struct entry *next; /* in the same bucket */
-    uint32_t hash;
-    int32_t slot; /* where in the heap its deadline is, or NO_SLOT */
-    uint32_t klen, vlen;
-    char data[]; /* the key, then the value */
+    struct entry *next;
+    uint32_t hash, klen, vlen;
+    int32_t slot;
+    char data[];
+};
+
+/* A moment to expire, in ms since 1970. */
+struct deadline {
+    int64_t when;
+    struct entry *entry;
 };
 
 /* Buckets stand in the order of the hash: bucket i of 2^bits holds the hashes whose upper
    bits are i. So a walk by ascending hash can pause, and a table that doubles or halves
-   meanwhile makes it neither miss an entry nor see one twice. All zero is an empty table. */
+   meanwhile makes it neither miss an entry nor see one twice. heap[0] expires next; bytes
+   count entries, buckets and heap, without malloc's overhead. All zero is empty. */
 struct table {
     struct entry **buckets;
+    struct deadline *heap;
+    size_t count, heap_len, heap_cap, bytes;
     int bits;
-    size_t count;
-    struct deadline {
-        int64_t when; /* ms since 1970 */
-        struct entry *entry;
-    } * heap; /* heap[0] expires next */
-    size_t heap_len, heap_cap;
-    size_t bytes; /* in entries, buckets and heap, before malloc's own overhead */
 };
 
-/* A request counts what it does under the lock that it holds anyway: that costs nothing. */
+/* The lock has a cache line of its own. A request counts what it does under the lock that
+   it holds anyway: that costs nothing. */
 static struct shard {
-    alignas(64) pthread_mutex_t lock; /* a cache line of its own */
+    _Alignas(64) pthread_mutex_t lock;
     struct table table;
-    uint64_t hits, misses, expired;
+    size_t hits, misses, expired;
 } * shards;
 static atomic_size_t used_memory; /* the sum of bytes; stays 0 without --max-memory */
 
 static void deadline_clear(struct table *t, struct entry *e);
-static bool has_expired(const struct table *t, const struct entry *e);
+
+static bool has_expired(const struct table *t, const struct entry *e) {
+    return e->slot != NO_SLOT && t->heap[e->slot].when <= now_ms();
+}
 
 static struct slice entry_value(struct entry *e) {
     return (struct slice){e->data + e->klen, e->vlen};
@@ -625,11 +641,10 @@ static void table_resize(struct table *t, int bits) {
     to.buckets = calloc((size_t)1 << bits, sizeof *to.buckets);
     if (!to.buckets) return;
     for (size_t i = 0; t->buckets && i < (size_t)1 << t->bits; i++)
-        for (struct entry *e = t->buckets[i], *next; e; e = next) {
-            struct entry **link = bucket_of(&to, e->hash);
-            next = e->next;
+        for (struct entry *e, **link; (e = t->buckets[i]); *link = e) {
+            link = bucket_of(&to, e->hash);
+            t->buckets[i] = e->next;
             e->next = *link;
-            *link = e;
         }
     account(&to, t->buckets ? sizeof *to.buckets << t->bits : 0,
             sizeof *to.buckets << bits);
@@ -637,8 +652,7 @@ static void table_resize(struct table *t, int bits) {
     *t = to;
 }
 
-/* Takes the entry at *link out and frees it. The table may shrink: links into it are stale
-   then. */
+/* Takes out and frees the entry at *link. Links are stale then: the table may shrink. */
 static void table_remove(struct table *t, struct entry **link) {
     struct entry *e = *link;
     deadline_clear(t, e);
@@ -655,6 +669,7 @@ static struct entry **table_find(struct shard *s, uint32_t hash, struct slice ke
     if (!s->table.buckets) table_resize(&s->table, MIN_BITS);
     if (!s->table.buckets) return NULL;
     struct entry **link = bucket_of(&s->table, hash), *e;
+    /* cppcheck-suppress uninitvar ; bucket_of returns a link that is set */
     while ((e = *link) && (e->hash != hash || e->klen != key.len ||
                            memcmp(e->data, key.p, key.len) != 0))
         link = &e->next;
@@ -670,11 +685,11 @@ static struct entry **table_find(struct shard *s, uint32_t hash, struct slice ke
 static struct entry *table_store(struct table *t, struct entry **link, uint32_t hash,
                                  struct slice key, struct slice value) {
     struct entry *old = *link, *e = old;
-    size_t was = old ? sizeof *e + e->klen + e->vlen : 0,
-           now = sizeof *e + key.len + value.len;
+    size_t was = old ? sizeof *e + e->klen + e->vlen : 0;
+    size_t now = sizeof *e + key.len + value.len;
     if (was != now && !(e = realloc(old, now))) return NULL;
     if (!old) {
-        *e = (struct entry){NULL, hash, NO_SLOT, (uint32_t)key.len, 0};
+        *e = (struct entry){NULL, hash, (uint32_t)key.len, 0, NO_SLOT};
         memcpy(e->data, key.p, key.len);
         t->count++;
     }
@@ -696,9 +711,9 @@ static void table_free(struct table *t) {
     free(t->heap);
 }
 
-/* Appends the keys of the next few buckets to out, each behind its length, and moves *hash
-   on. Locks the shard for WALK_BUCKETS buckets or IO_CHUNK bytes. Returns false when there
-   was nothing left to see. */
+/* Appends the keys of the next few buckets to out, each behind its length, and moves
+   *hash on. Locks the shard for WALK_BUCKETS buckets or IO_CHUNK bytes. Returns false
+   when there was nothing left to see. */
 static bool walk(struct shard *s, uint64_t *hash, struct buf *out) {
     if (*hash > UINT32_MAX) return false;
     pthread_mutex_lock(&s->lock);
@@ -716,37 +731,27 @@ static bool walk(struct shard *s, uint64_t *hash, struct buf *out) {
     return true;
 }
 
-/* ==================================================================================== */
-/* 7 Expiry                                                                             */
-/* ==================================================================================== */
-
+/* === 7 Expiry ====================================================================== */
 /* What may stand for a deadline: the one that an entry has, or none. */
 enum { KEEP = -1, NEVER = -2 };
 
-static int64_t deadline_of(const struct table *t, const struct entry *e) {
-    return e->slot == NO_SLOT ? NEVER : t->heap[e->slot].when;
+static void heap_put(struct table *t, size_t i, struct deadline d) {
+    t->heap[i] = d;
+    d.entry->slot = (int32_t)i;
 }
 
-static bool has_expired(const struct table *t, const struct entry *e) {
-    return e->slot != NO_SLOT && deadline_of(t, e) <= now_ms();
-}
-
-/* Puts d where it belongs in the heap, from the free place i on: parents that expire later
-   move down, or else children that expire sooner move up. */
+/* Puts d where it belongs in the heap, from the free place i on: parents that expire
+   later move down, or else children that expire sooner move up. */
 static void heap_sift(struct table *t, size_t i, struct deadline d) {
     struct deadline *heap = t->heap;
-    for (size_t up; i > 0 && heap[up = (i - 1) / 2].when > d.when; i = up) {
-        heap[i] = heap[up];
-        heap[i].entry->slot = (int32_t)i;
+    for (; i > 0 && heap[(i - 1) / 2].when > d.when; i = (i - 1) / 2)
+        heap_put(t, i, heap[(i - 1) / 2]);
+    for (size_t child; (child = 2 * i + 1) < t->heap_len; i = child) {
+        if (child + 1 < t->heap_len && heap[child + 1].when < heap[child].when) child++;
+        if (heap[child].when >= d.when) break;
+        heap_put(t, i, heap[child]);
     }
-    for (size_t down; (down = 2 * i + 1) < t->heap_len; i = down) {
-        if (down + 1 < t->heap_len && heap[down + 1].when < heap[down].when) down++;
-        if (heap[down].when >= d.when) break;
-        heap[i] = heap[down];
-        heap[i].entry->slot = (int32_t)i;
-    }
-    heap[i] = d;
-    d.entry->slot = (int32_t)i;
+    heap_put(t, i, d);
 }
 
 /* Makes the heap's capacity cap. Returns false when memory is out. */
@@ -759,12 +764,7 @@ static bool heap_resize(struct table *t, size_t cap) {
     return true;
 }
 
-/* Makes room for one more deadline. A quarter more at a time wastes little. */
-static bool heap_reserve(struct table *t) {
-    return t->heap_len < t->heap_cap || heap_resize(t, t->heap_cap + t->heap_cap / 4 + 4);
-}
-
-/* Sets or changes e's deadline; a new one needs heap_reserve before. */
+/* Sets or changes e's deadline; a new one needs room in the heap. */
 static void deadline_set(struct table *t, struct entry *e, int64_t when) {
     size_t i = e->slot == NO_SLOT ? t->heap_len++ : (size_t)e->slot;
     heap_sift(t, i, (struct deadline){when, e});
@@ -779,73 +779,75 @@ static void deadline_clear(struct table *t, struct entry *e) {
     if (t->heap_len < t->heap_cap / 4) heap_resize(t, t->heap_cap / 2);
 }
 
-/* Removes up to EXPIRY_BATCH entries past their deadline. Returns whether there are more. */
+/* Removes up to BATCH entries past their deadline. Returns whether there are more. */
 static bool expire_some(struct shard *s, int64_t now) {
     struct table *t = &s->table;
     int n = 0;
     pthread_mutex_lock(&s->lock);
-    for (; n < EXPIRY_BATCH && t->heap_len > 0 && t->heap[0].when <= now; n++) {
+    for (; n < BATCH && t->heap_len > 0 && t->heap[0].when <= now; n++) {
         struct entry **link = bucket_of(t, t->heap[0].entry->hash);
         while (*link != t->heap[0].entry) link = &(*link)->next;
         table_remove(t, link);
     }
     s->expired += (uint64_t)n;
     pthread_mutex_unlock(&s->lock);
-    return n == EXPIRY_BATCH;
+    return n == BATCH;
 }
 
 /* The expiry thread: goes round the shards until nothing is left to expire, then sleeps.
    A round that finds nothing looks at one deadline per shard. */
 static void *expiry_main(void *unused) {
-    while (!atomic_load(&stopping)) {
-        bool more = false;
+    for (bool more = false, was = false; !atomic_load(&stopping); was = more) {
+        more = false;
         for (struct shard *s = shards; s < shards + opt.shards; s++)
             more |= expire_some(s, now_ms());
-        /* Even with more to do, give way to who waits for a lock: there may be one shard. */
-        nanosleep(&(struct timespec){0, more ? 1000 : EXPIRY_TICK * 1000000L}, NULL);
+        if (was && !more) malloc_trim(0); /* after many, give memory back */
+        /* Even with more to do, give way to who waits for a lock: the only one, maybe. */
+        nanosleep(&(struct timespec){0, more ? 1000 : TICK * 1000000L}, NULL);
     }
     return unused;
 }
 
-/* ==================================================================================== */
-/* 8 Commands                                                                           */
-/* ==================================================================================== */
-
-enum {
-    WRITES = 1,  /* changes data */
-    GROWS = 2,   /* may need more memory: refused above --max-memory */
-    ONE_KEY = 4, /* works on the key in argv[1] */
-    EACH_KEY =
-        8,      /* works on each word from argv[1] on; replies for how many it was true */
-    HIDDEN = 16 /* not in HELP */
-};
+/* === 8 Commands ==================================================================== */
+/* WRITES: changes data. GROWS: may need memory, so refused above --max-memory. ONE_KEY:
+   works on the key in argv[1]; EACH_KEY: on each word from argv[1] on, and the reply is
+   for how many of them run returned true. HIDDEN: not in HELP. */
+enum { WRITES = 1, GROWS = 2, ONE_KEY = 4, EACH_KEY = 8, HIDDEN = 16 };
 enum { ANY = MAX_WORDS, WRITE1 = WRITES | ONE_KEY, GROW1 = GROWS | WRITE1 };
 
 /* A row says all about a command: dispatch, arity, error messages and HELP come from it.
-   Where it works on keys, run is called with the key's shard locked and its entry found;
-   it must not block. run replies, and returns false if that was an error. */
+   min and max count words, the name among them. Where it works on keys, run is called
+   with the key's shard locked and its entry found; it must not block. run replies, and
+   returns false if that was an error. number is what tells a command from others of its
+   family; help says what it does; what it replies; or NULL: what the row above says. */
 struct command {
     const char *name, *args;
-    size_t min, max; /* words, the name among them */
-    unsigned flags;
+    unsigned min, max, flags;
     bool (*run)(struct conn *c);
-    int number; /* what tells a command from the others of its family */
-    const char *does, *replies;
+    int number;
+    const char *help;
 };
 
 static bool cmd_help(struct conn *c);
 
+/* A command's name as errors write it. */
+static struct text lower(const struct command *cmd) {
+    struct text out = {""};
+    for (int i = 0; cmd->name[i]; i++) out.text[i] = (char)tolower(cmd->name[i]);
+    return out;
+}
+
+#define NOT_INT "ERR value is not an integer or out of range"
+
 /* Turns a word into a deadline in ms since 1970. unit is in ms, and negative if the word
    says a moment rather than a time from now. Replies and returns false if it is not a
-   number, less than least, or out of range. */
-static bool parse_deadline(struct conn *c, struct slice word, int unit, int64_t least,
+   number, less than min, or out of range. */
+static bool parse_deadline(struct conn *c, struct slice word, int unit, int64_t min,
                            int64_t *when) {
     int64_t scale = unit < 0 ? -unit : unit, base = unit < 0 ? 0 : now_ms();
-    if (!parse_int(word, when))
-        return reply_error(c, "ERR value is not an integer or out of range");
-    if (*when < least || *when > INT64_MAX / scale || *when < INT64_MIN / scale ||
-        *when * scale > INT64_MAX - base)
-        return reply_error(c, "ERR invalid expire time in '%s' command", c->cmd->name);
+    if (!parse_int(word, when)) return fail(c, NOT_INT);
+    if (*when < min || *when < INT64_MIN / scale || *when > (INT64_MAX - base) / scale)
+        return fail(c, "ERR invalid expire time in '%s' command", lower(c->cmd).text);
     *when = *when * scale + base < 0 ? 0 : *when * scale + base; /* 1970 is past enough */
     return true;
 }
@@ -859,9 +861,10 @@ static bool store(struct conn *c, struct slice value, int64_t when) {
         if (*c->link) table_remove(t, c->link);
         return true;
     }
-    struct entry *e = NULL;
-    if (heap_reserve(t)) e = table_store(t, c->link, c->hash, c->key, value);
-    if (!e) return reply_error(c, "OOM out of memory");
+    struct entry *e = NULL; /* the heap grows by a quarter, which wastes little */
+    if (t->heap_len < t->heap_cap || heap_resize(t, t->heap_cap + t->heap_cap / 4 + 4))
+        e = table_store(t, c->link, c->hash, c->key, value);
+    if (!e) return fail(c, "OOM out of memory");
     if (when == NEVER) deadline_clear(t, e);
     else if (when >= 0) deadline_set(t, e, when);
     return true;
@@ -871,44 +874,41 @@ static bool cmd_get(struct conn *c) {
     return *c->link ? reply_value(c, entry_value(*c->link)) : reply_nil(c);
 }
 
-/* What may stand behind SET key value: of each group one, a time with its number. */
-static const struct set_word {
-    const char *name;
-    enum { CONDITION, TIME } group;
-    int unit; /* as in parse_deadline; 0: no number follows */
-} set_words[] = {{"NX", CONDITION, 0}, {"XX", CONDITION, 0}, {"KEEPTTL", TIME, 0},
-                 {"EX", TIME, 1000},   {"PX", TIME, 1},      {"EXAT", TIME, -1000},
-                 {"PXAT", TIME, -1},   {NULL, TIME, 0}};
+#define SET_ERROR                                                                        \
+    "ERR syntax error at %s; blanks need quotes: SET greeting \"hello world\""
+
+/* What may stand behind SET key value: one condition and one word for the time. Those
+   behind KEEPTTL take a number; its unit is as in parse_deadline. */
+enum { NX, XX, KEEPTTL, SET_WORDS = 7, NONE = -1 };
+static const char set_words[][8] = {"NX", "XX", "KEEPTTL", "EX", "PX", "EXAT", "PXAT"};
+static const int set_units[] = {0, 0, 0, 1000, 1, -1000, -1};
 
 static bool cmd_set(struct conn *c) {
-    const struct set_word *chosen[] = {NULL, NULL}, *time, *word;
+    int condition = NONE, time = NONE;
     struct slice number = {NULL, 0};
     for (size_t i = 3; i < c->argc; i++) {
-        for (word = set_words; word->name && !word_is(c->argv[i], word->name);) word++;
-        const struct set_word **other = &chosen[word->group];
-        if (!word->name || (*other && *other != word) || (word->unit && i + 1 == c->argc))
-            return reply_error(c,
-                               "ERR syntax error at %s; quote a value that holds blanks: "
-                               "SET greeting \"hello world\"",
-                               show(c->argv[i]).text);
-        *other = word;
-        if (word->unit) number = c->argv[++i];
+        struct slice word = c->argv[i];
+        int w = 0;
+        while (w < SET_WORDS && !word_is(word, set_words[w])) w++;
+        int *old = w < KEEPTTL ? &condition : &time;
+        bool missing = w > KEEPTTL && i + 1 == c->argc;
+        if (w == SET_WORDS || missing || (*old != NONE && *old != w))
+            return fail(c, c->resp ? "ERR syntax error%.0s" : SET_ERROR, show(word).text);
+        *old = w;
+        if (w > KEEPTTL) number = c->argv[++i];
     }
-    time = chosen[TIME];
-    int64_t when = time ? KEEP : NEVER;
-    if (number.p && !parse_deadline(c, number, time->unit, 1, &when)) return false;
-    if (chosen[CONDITION] && (chosen[CONDITION] == set_words) == (*c->link != NULL))
-        return reply_nil(c);
+    int64_t when = time == NONE ? NEVER : KEEP;
+    if (number.p && !parse_deadline(c, number, set_units[time], 1, &when)) return false;
+    if (condition != NONE && (condition == NX) == (*c->link != NULL)) return reply_nil(c);
     return store(c, c->argv[2], when) && reply_status(c, "OK");
 }
 
+/* DEL and EXISTS, for one of their keys. */
 static bool cmd_del(struct conn *c) {
     bool found = *c->link;
-    if (found) table_remove(&c->shard->table, c->link);
+    if (found && c->cmd->flags & WRITES) table_remove(&c->shard->table, c->link);
     return found;
 }
-
-static bool cmd_exists(struct conn *c) { return *c->link; }
 
 /* INCR, DECR, INCRBY, DECRBY: number is the sign. */
 static bool cmd_incr(struct conn *c) {
@@ -916,12 +916,11 @@ static bool cmd_incr(struct conn *c) {
     char text[24];
     if ((c->argc > 2 && !parse_int(c->argv[2], &by)) ||
         (*c->link && !parse_int(entry_value(*c->link), &value)))
-        return reply_error(c, "ERR value is not an integer or out of range");
-    if (sign < 0 && by == INT64_MIN)
-        return reply_error(c, "ERR decrement would overflow");
+        return fail(c, NOT_INT);
+    if (sign < 0 && by == INT64_MIN) return fail(c, "ERR decrement would overflow");
     by *= sign;
     if (by > 0 ? value > INT64_MAX - by : value < INT64_MIN - by)
-        return reply_error(c, "ERR increment or decrement would overflow");
+        return fail(c, "ERR increment or decrement would overflow");
     size_t len = (size_t)snprintf(text, sizeof text, "%" PRId64, value += by);
     return store(c, (struct slice){text, len}, KEEP) && reply_int(c, value);
 }
@@ -929,8 +928,7 @@ static bool cmd_incr(struct conn *c) {
 /* EXPIRE, PEXPIRE, EXPIREAT, PEXPIREAT: number is the unit, as in parse_deadline. */
 static bool cmd_expire(struct conn *c) {
     int64_t when;
-    if (c->argc > 3)
-        return reply_error(c, "ERR Unsupported option %s", show(c->argv[3]).text);
+    if (c->argc > 3) return fail(c, "ERR Unsupported option %s", show(c->argv[3]).text);
     if (!parse_deadline(c, c->argv[2], c->cmd->number, INT64_MIN, &when)) return false;
     if (!*c->link) return reply_int(c, 0);
     return store(c, entry_value(*c->link), when) && reply_int(c, 1);
@@ -938,20 +936,19 @@ static bool cmd_expire(struct conn *c) {
 
 /* TTL, PTTL: number is the unit in ms. Rounded as Redis does. */
 static bool cmd_ttl(struct conn *c) {
-    if (!*c->link) return reply_int(c, -2);
-    int64_t when = deadline_of(&c->shard->table, *c->link), left = when - now_ms();
-    if (when == NEVER) return reply_int(c, -1);
-    return reply_int(c, left < 0 ? 0 : (left + c->cmd->number / 2) / c->cmd->number);
+    struct entry *e = *c->link;
+    if (!e || e->slot == NO_SLOT) return reply_int(c, e ? -1 : -2);
+    int64_t left = c->shard->table.heap[e->slot].when - now_ms(), unit = c->cmd->number;
+    return reply_int(c, left < 0 ? 0 : (left + unit / 2) / unit);
 }
 
 static bool cmd_persist(struct conn *c) {
-    bool had = *c->link && deadline_of(&c->shard->table, *c->link) != NEVER;
-    return had ? store(c, entry_value(*c->link), NEVER) && reply_int(c, 1)
-               : reply_int(c, 0);
+    if (!*c->link || (*c->link)->slot == NO_SLOT) return reply_int(c, 0);
+    return store(c, entry_value(*c->link), NEVER) && reply_int(c, 1);
 }
 
-/* Whether byte b matches the item of a pattern at *p: ? [a-z] [^a] \x or a byte that stands
-   for itself. Moves *p behind the item. A class that is not closed ends with the pattern. */
+/* Whether byte b matches the item of a pattern at *p: ? [a-z] [^a] \x or a byte that
+   stands for itself. Moves *p behind the item. An open class ends with the pattern. */
 static bool glob_item(const char **p, const char *end, unsigned char b) {
     const char *at = *p;
     bool escaped = *at == '\\' && end - at > 1;
@@ -970,25 +967,22 @@ static bool glob_item(const char **p, const char *end, unsigned char b) {
     return match != negate;
 }
 
-/* Whether s matches a glob pattern. After a mismatch only the last star is tried again with
-   one byte more: what an earlier star could take instead, this one can take as well. So
-   the time is at most the product of both lengths, never exponential. */
+/* Whether s matches a glob pattern. After a mismatch only the last star takes one byte
+   more: whatever an earlier one could take, it can take too. So the time is at most the
+   product of both lengths, never exponential. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len, *star = NULL;
     size_t i = 0, retry = 0;
     while (i < s.len) {
-        const char *next = p;
         if (p < end && *p == '*') {
             star = ++p;
             retry = i;
-        } else if (p < end && glob_item(&next, end, (unsigned char)s.p[i])) {
-            p = next;
+        } else if (p < end && glob_item(&p, end, (unsigned char)s.p[i])) {
             i++;
-        } else if (star) {
+        } else {
+            if (!star) return false;
             p = star;
             i = ++retry;
-        } else {
-            return false;
         }
     }
     while (p < end && *p == '*') p++;
@@ -997,194 +991,217 @@ static bool glob_match(struct slice pattern, struct slice s) {
 
 /* Keys are copied under the lock, matched and quoted without it. */
 static bool cmd_keys(struct conn *c) {
-    struct slice key,
-        pattern = c->argc > 1 ? c->argv[1] : (struct slice){(char[]){'*'}, 1};
+    struct slice key, pattern = c->argc > 1 ? c->argv[1] : str("*");
     struct buf found = {0};
     uint32_t len;
-    size_t n = 0;
+    size_t n = 0, start = c->out.len;
     for (struct shard *s = shards; s < shards + opt.shards; s++)
         for (uint64_t hash = 0; walk(s, &hash, &found); found.len = 0)
             for (size_t at = 0; at < found.len; at += key.len) {
                 memcpy(&len, found.p + at, sizeof len);
                 key = (struct slice){found.p + (at += sizeof len), len};
-                if (glob_match(pattern, key)) n += reply_bytes(c, key, true);
+                if (glob_match(pattern, key)) n += reply_str(c, key, true);
             }
     c->out.failed |= found.failed;
     free(found.p);
-    return reply_list(c, n, "key");
+    return reply_list(c, start, n, "key");
 }
 
+/* PING and ECHO. */
 static bool cmd_ping(struct conn *c) {
     return c->argc > 1 ? reply_value(c, c->argv[1]) : reply_status(c, "PONG");
 }
 
-static bool cmd_echo(struct conn *c) { return reply_value(c, c->argv[1]); }
-
+/* QUIT; with a number: a browser was made to send us a form. Its body may hold
+   commands. */
 static bool cmd_quit(struct conn *c) {
-    c->closing = "QUIT";
-    return reply_status(c, "OK");
+    c->closing = c->cmd->number ? "it speaks HTTP" : "QUIT";
+    if (!c->cmd->number) return reply_status(c, "OK");
+    say(WARN, "%s speaks HTTP, closed", address_of(c->fd, getpeername).text);
+    return fail(c, "ERR this is not a web server");
 }
 
-/* Somebody's browser was made to send a form to us; its body may hold commands. */
-static bool cmd_http(struct conn *c) {
-    log_line(LOG_WARN, "%s speaks HTTP, closed", address_of(c->fd, getpeername).text);
-    c->closing = "it speaks HTTP";
-    return reply_error(c, "ERR this is not a web server");
-}
-
-/* FLUSHALL, FLUSHDB: all keys go at one moment, so all locks are held; the memory is freed
+/* FLUSHALL, FLUSHDB: all keys go at one moment, when all locks are held. Memory is freed
    after that. */
 static bool cmd_flush(struct conn *c) {
-    if (c->argc > 1) return reply_error(c, "ERR syntax error");
+    if (c->argc > 1) return fail(c, "ERR syntax error");
     struct table *old = calloc((size_t)opt.shards, sizeof *old);
-    if (!old) return reply_error(c, "OOM out of memory");
+    if (!old) return fail(c, "OOM out of memory");
     for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
     for (long i = 0; i < opt.shards; i++) {
         old[i] = shards[i].table;
         shards[i].table = (struct table){0};
+        pthread_mutex_unlock(&shards[i].lock);
     }
-    for (long i = 0; i < opt.shards; i++) pthread_mutex_unlock(&shards[i].lock);
     for (long i = 0; i < opt.shards; i++) table_free(&old[i]);
     free(old);
+    malloc_trim(0);
     return reply_status(c, "OK");
 }
 
-/* What all shards count, added up in the order of their locks. */
-static struct shard sum_shards(void) {
-    struct shard sum = {.hits = 0};
+/* Adds up one of the numbers of all shards, each read under its lock. */
+static size_t sum_at(size_t offset) {
+    size_t n = 0;
     for (struct shard *s = shards; s < shards + opt.shards; s++) {
         pthread_mutex_lock(&s->lock);
-        sum.table.count += s->table.count;
-        sum.table.heap_len += s->table.heap_len;
-        sum.table.bytes += s->table.bytes;
-        sum.hits += s->hits;
-        sum.misses += s->misses;
-        sum.expired += s->expired;
+        n += *(size_t *)(void *)((char *)s + offset);
         pthread_mutex_unlock(&s->lock);
     }
-    return sum;
+    return n;
 }
+#define SUM(field) sum_at(offsetof(struct shard, field))
 
-static bool cmd_dbsize(struct conn *c) {
-    return reply_int(c, (int64_t)sum_shards().table.count);
-}
+static bool cmd_dbsize(struct conn *c) { return reply_int(c, (int64_t)SUM(table.count)); }
 
-static bool info(struct conn *c, const char *name, uint64_t value) {
-    char line[64];
-    snprintf(line, sizeof line, "%s:%" PRIu64, name, value);
-    return reply_status(c, line);
-}
-
+/* Each line is behind the head of its section, in RESP, if it is the first there. */
 static bool cmd_info(struct conn *c) {
-    struct shard sum = sum_shards();
-    size_t n = 1;
-    uint64_t commands = 0, ns = (uint64_t)(clock_ns(CLOCK_MONOTONIC) - started_ns);
-    for (long i = 0; i < max_fds; i++) commands += atomic_load(&commands_by_fd[i].n);
-    reply_status(c, "kv_version:" KV_VERSION);
-    n += info(c, "process_id", (uint64_t)getpid());
-    n += info(c, "uptime_in_seconds", ns / 1000000000);
-    n += info(c, "connected_clients", (uint64_t)atomic_load(&connected));
-    n += info(c, "maxclients", (uint64_t)opt.max_clients);
-    n += info(c, "used_memory", sum.table.bytes);
-    n += info(c, "maxmemory", (uint64_t)opt.max_memory << 20);
-    n += info(c, "loading", 0);
-    n += info(c, "total_connections_received", (uint64_t)atomic_load(&connections));
-    n += info(c, "total_commands_processed", commands);
-    n += info(c, "keyspace_hits", sum.hits);
-    n += info(c, "keyspace_misses", sum.misses);
-    n += info(c, "expired_keys", sum.expired);
-    n += info(c, "shards", (uint64_t)opt.shards);
-    n += info(c, "keys", sum.table.count);
-    n += info(c, "expires", sum.table.heap_len);
-    return reply_list(c, n, "field");
+    size_t n = 0, start = c->out.len;
+    unsigned long ran = 0;
+    for (long i = 0; i < max_fds; i++) ran += commands_by_fd[i * COUNTER_STRIDE];
+    n += reply_format(c, "# Server\r\n", "kv_version:%s", KV_VERSION);
+    n += reply_format(c, "", "uptime_in_seconds:%d", (int)((ticks() - started) / SECOND));
+    n += reply_format(c, "", "shards:%ld", opt.shards);
+    n += reply_format(c, "# Clients\r\n", "connected_clients:%ld", connected);
+    n += reply_format(c, "", "maxclients:%ld", opt.max_clients);
+    n += reply_format(c, "# Memory\r\n", "used_memory:%zu", SUM(table.bytes));
+    n += reply_format(c, "", "maxmemory:%ld", opt.max_memory << 20);
+    n += reply_format(c, "# Persistence\r\n", "loading:0");
+    n += reply_format(c, "# Stats\r\n", "total_connections_received:%ld", connections);
+    n += reply_format(c, "", "total_commands_processed:%lu", ran);
+    n += reply_format(c, "", "keyspace_hits:%zu", SUM(hits));
+    n += reply_format(c, "", "keyspace_misses:%zu", SUM(misses));
+    n += reply_format(c, "", "expired_keys:%zu", SUM(expired));
+    n += reply_format(c, "# Keyspace\r\n", "keys:%zu", SUM(table.count));
+    n += reply_format(c, "", "expires:%zu", SUM(table.heap_len));
+    if (!c->resp) return reply_list(c, start, n, "field");
+    reply_header(c, start, '$', c->out.len - start);
+    return reply(c, "", str(""));
 }
 
-/* The basic five first; lookups meet them first, too. A family stands together, and what
-   its first row says of it holds for all. */
+/* From here on it is just enough for client libraries that ask when they connect. This is
+   a map of those pairs (name, value, name, value, ..., NULL) whose name matches pattern.
+   in RESP a value that is a number is sent as one. */
+static bool reply_map(struct conn *c, const char *const *pairs, struct slice pattern) {
+    int64_t number;
+    size_t n = 0, start = c->out.len;
+    for (; *pairs; pairs += 2) {
+        struct slice name = str(pairs[0]), value = str(pairs[1]);
+        if (!glob_match(pattern, name)) continue;
+        n++;
+        if (!c->resp) reply_format(c, "", "%s:%s", name.p, value.p);
+        else if (reply_value(c, name) && parse_int(value, &number)) reply_int(c, number);
+        else reply_value(c, value);
+    }
+    if (c->resp == 3) return reply_header(c, start, '%', n);
+    return reply_list(c, start, c->resp ? 2 * n : n, "item");
+}
+
+/* There is no password yet and names are not kept, so AUTH and SETNAME go unread. */
+static bool cmd_hello(struct conn *c) {
+    int64_t version = c->version;
+    if (c->argc > 1 && !parse_int(c->argv[1], &version))
+        return fail(c, "ERR Protocol version is not an integer or out of range");
+    if (version != 2 && version != 3)
+        return fail(c, "NOPROTO unsupported protocol version");
+    c->version = (int)version;
+    if (c->resp) c->resp = c->version;
+    const char *proto = version == 3 ? "3" : "2";
+    const char *const info[] = {"server", "kv",     "version", KV_VERSION,
+                                "proto",  proto,    "mode",    "standalone",
+                                "role",   "master", NULL};
+    return reply_map(c, info, str("*"));
+}
+
+static bool cmd_config(struct conn *c) {
+    static const char *const settings[] = {"save", "", "appendonly", "no", NULL};
+    if (word_is(c->argv[1], "GET")) return reply_map(c, settings, c->argv[2]);
+    return fail(c, "ERR only CONFIG GET is known");
+}
+
+/* COMMAND: an empty list says that there is nothing special to know. */
+static bool cmd_command(struct conn *c) { return reply_list(c, c->out.len, 0, "item"); }
+
+static bool cmd_client(struct conn *c) {
+    struct slice sub = c->argv[1];
+    if (word_is(sub, "ID")) return reply_int(c, c->fd);
+    if (word_is(sub, "SETNAME") || word_is(sub, "SETINFO")) return reply_status(c, "OK");
+    return fail(c, "ERR unknown subcommand '%s'", show(sub).text);
+}
+
+static bool cmd_select(struct conn *c) {
+    int64_t n;
+    if (!parse_int(c->argv[1], &n)) return fail(c, NOT_INT);
+    return n == 0 ? reply_status(c, "OK") : fail(c, "ERR DB index is out of range");
+}
+
+/* The basic five first; lookups meet them first, too. A family stands together. */
 static const struct command commands[] = {
-    {"PING", "[message]", 1, 2, 0, cmd_ping, 0, "ask whether the server is there",
-     "PONG, or the message"},
+    {"PING", "[message]", 1, 2, 0, cmd_ping, 0, "PONG, or the message"},
     {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, GROW1,
-     cmd_set, 0, "store a value",
-     "OK, or (nil) if NX (only when new) or XX (only when there) forbids it"},
-    {"GET", "key", 2, 2, ONE_KEY, cmd_get, 0, "look a value up", "the value, or (nil)"},
-    {"INCR", "key", 2, 2, GROW1, cmd_incr, 1, "count by one, up or down",
-     "the new number; no value counts as 0"},
-    {"DECR", "key", 2, 2, GROW1, cmd_incr, -1, NULL, NULL},
-    {"DEL", "key...", 2, ANY, WRITES | EACH_KEY, cmd_del, 0, "remove keys",
-     "how many there were"},
-    {"INCRBY", "key n", 3, 3, GROW1, cmd_incr, 1, "count by n, up or down",
-     "the new number; no value counts as 0"},
-    {"DECRBY", "key n", 3, 3, GROW1, cmd_incr, -1, NULL, NULL},
-    {"EXISTS", "key...", 2, ANY, EACH_KEY, cmd_exists, 0, "ask which keys there are",
-     "how many of them"},
-    {"KEYS", "[pattern]", 1, 2, 0, cmd_keys, 0, "list keys that match * ? [a-z] [^a] \\x",
-     "the keys, each as a word that can be sent back, and how many"},
+     cmd_set, 0, "store a value; replies OK, or (nil) where NX: new, XX: old forbids it"},
+    {"GET", "key", 2, 2, ONE_KEY, cmd_get, 0, "the value of a key; (nil) if it has none"},
+    {"INCR", "key", 2, 2, GROW1, cmd_incr, 1, "count; replies the new number, from 0 on"},
+    {"DECR", "key", 2, 2, GROW1, cmd_incr, -1, NULL},
+    {"DEL", "key...", 2, ANY, WRITES | EACH_KEY, cmd_del, 0, "remove; replies how many"},
+    {"EXISTS", "key...", 2, ANY, EACH_KEY, cmd_del, 0, "how many of these exist"},
+    {"KEYS", "[pattern]", 1, 2, 0, cmd_keys, 0, "which keys match * ? [a-z] [^a] \\x"},
+    {"INCRBY", "key n", 3, 3, GROW1, cmd_incr, 1, "count by n; replies the new number"},
+    {"DECRBY", "key n", 3, 3, GROW1, cmd_incr, -1, NULL},
     {"EXPIRE", "key n", 3, ANY, WRITE1, cmd_expire, 1000,
-     "expire in, or AT Unix time, n s or Pms",
-     "1, or 0 where there is no such key; a moment in the past removes the key"},
-    {"PEXPIRE", "key n", 3, ANY, WRITE1, cmd_expire, 1, NULL, NULL},
-    {"EXPIREAT", "key n", 3, ANY, WRITE1, cmd_expire, -1000, NULL, NULL},
-    {"PEXPIREAT", "key n", 3, ANY, WRITE1, cmd_expire, -1, NULL, NULL},
-    {"TTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1000, "time left in s, or with P in ms",
-     "a number; -1 where the key never expires, -2 where there is no such key"},
-    {"PTTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1, NULL, NULL},
-    {"PERSIST", "key", 2, 2, WRITE1, cmd_persist, 0, "never expire",
-     "1, or 0 where there is no such key or it never expires"},
-    {"DBSIZE", "", 1, 1, 0, cmd_dbsize, 0, "the number of keys", "a number"},
-    {"FLUSHDB", "", 1, ANY, WRITES, cmd_flush, 0, "remove all keys", "OK"},
-    {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, 0, NULL, NULL},
-    {"ECHO", "message", 2, 2, 0, cmd_echo, 0, "repeat a message", "the message"},
-    {"INFO", "", 1, ANY, 0, cmd_info, 0, "the state of the server", "name:value"},
-    {"HELP", "[command]", 1, 2, 0, cmd_help, 0, "this list, or more on a command",
-     "text"},
-    {"QUIT", "", 1, ANY, 0, cmd_quit, 0, "close the connection", "OK"},
-    {"POST", "", 1, ANY, HIDDEN, cmd_http, 0, NULL, NULL},
-    {"Host:", "", 1, ANY, HIDDEN, cmd_http, 0, NULL, NULL},
-    {NULL, NULL, 0, 0, HIDDEN, NULL, 0, NULL, NULL},
+     "expire in n s, P: ms, AT: at Unix time; replies 1, or 0 if there is no such key"},
+    {"PEXPIRE", "key n", 3, ANY, WRITE1, cmd_expire, 1, NULL},
+    {"EXPIREAT", "key n", 3, ANY, WRITE1, cmd_expire, -1000, NULL},
+    {"PEXPIREAT", "key n", 3, ANY, WRITE1, cmd_expire, -1, NULL},
+    {"TTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1000,
+     "s left, P: ms; -1: for ever, -2: no key"},
+    {"PTTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1, NULL},
+    {"PERSIST", "key", 2, 2, WRITE1, cmd_persist, 0, "never expire; 1, or 0 if so now"},
+    {"DBSIZE", "", 1, 1, 0, cmd_dbsize, 0, "how many keys there are"},
+    {"FLUSHDB", "", 1, ANY, WRITES, cmd_flush, 0, "remove all keys; replies OK"},
+    {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, 0, NULL},
+    {"ECHO", "message", 2, 2, 0, cmd_ping, 0, "the message"},
+    {"INFO", "", 1, ANY, 0, cmd_info, 0, "the state of the server, name:value"},
+    {"HELP", "[command]", 1, 2, 0, cmd_help, 0, "this list, or more on one command"},
+    {"QUIT", "", 1, ANY, 0, cmd_quit, 0, "close the connection; replies OK"},
+    {"HELLO", "[2|3 [AUTH default password] [SETNAME name]]", 1, ANY, HIDDEN, cmd_hello,
+     0, "choose the version of RESP; replies what the server is"},
+    {"COMMAND", "[DOCS]", 1, ANY, HIDDEN, cmd_command, 0, "an empty list"},
+    {"CONFIG", "GET pattern", 3, ANY, HIDDEN, cmd_config, 0, "for redis-benchmark"},
+    {"CLIENT", "ID|SETNAME name|SETINFO...", 2, ANY, HIDDEN, cmd_client, 0, "replies OK"},
+    {"SELECT", "0", 2, 2, HIDDEN, cmd_select, 0, "there is one database; replies OK"},
+    {"POST", NULL, 1, ANY, HIDDEN, cmd_quit, 1, ""},
+    {"Host:", NULL, 1, ANY, HIDDEN, cmd_quit, 1, ""},
+    {NULL, NULL, 0, 0, HIDDEN, NULL, 0, ""},
 };
 
 static const struct command *find_command(struct slice word) {
-    const struct command *cmd = commands;
-    while (cmd->name && !word_is(word, cmd->name)) cmd++;
-    return cmd->name ? cmd : NULL;
+    for (const struct command *cmd = commands; cmd->name; cmd++)
+        if (word_is(word, cmd->name)) return cmd;
+    return NULL;
 }
 
-static bool unknown_command(struct conn *c, struct slice name) {
-    return reply_error(c, "ERR unknown command %s, HELP lists those there are",
-                       show(name).text);
-}
+#define UNKNOWN "ERR unknown command '%s', see HELP"
 
-/* The row that describes cmd: the first of its family. */
-static const struct command *first_of_family(const struct command *cmd) {
-    while (!cmd->does) cmd--;
-    return cmd;
-}
-
-/* HELP: a line for each family. HELP command: three lines. */
+/* HELP: a line for each family. HELP command: all that its row says. */
 static bool cmd_help(struct conn *c) {
-    const struct command *cmd = c->argc > 1 ? find_command(c->argv[1]) : NULL;
-    char left[128], line[256];
-    int n = 0, len = 0;
-    if (c->argc > 1 && (!cmd || cmd->flags & HIDDEN))
-        return unknown_command(c, c->argv[1]);
-    if (cmd) {
-        snprintf(line, sizeof line, "%s %s", cmd->name, cmd->args);
-        reply_status(c, line);
-        snprintf(line, sizeof line, "does: %s", first_of_family(cmd)->does);
-        reply_status(c, line);
-        snprintf(line, sizeof line, "replies: %s", first_of_family(cmd)->replies);
-        return reply_status(c, line) && reply_list(c, 3, "line");
+    const struct command *cmd = c->argc > 1 ? find_command(c->argv[1]) : commands,
+                         *row = cmd;
+    char left[128] = "";
+    size_t n = 0, lines = 0, start = c->out.len;
+    if (!cmd || !cmd->args) return fail(c, UNKNOWN, show(c->argv[1]).text);
+    while (!row->help) row--;
+    if (c->argc > 1)
+        return reply_format(c, "+", "%s %s", cmd->name, cmd->args) &&
+               reply_format(c, "+", "%s", row->help) && reply_list(c, start, 2, "line");
+    for (; !(cmd->flags & HIDDEN); cmd++, n++) {
+        if (cmd->help) row = cmd;
+        strcat(strcat(left, cmd->name), " ");
+        if (!cmd[1].help) continue;
+        lines += reply_format(c, "+", "%-40s %.*s", strcat(left, cmd->args),
+                              (int)strcspn(row->help, ";"), row->help);
+        *left = 0;
     }
-    for (cmd = commands; !(cmd->flags & HIDDEN); cmd++, n++) {
-        len += snprintf(left + len, sizeof left - (size_t)len, "%s ", cmd->name);
-        if (!cmd[1].does && !(cmd[1].flags & HIDDEN)) continue;
-        snprintf(left + len, sizeof left - (size_t)len, "%s", cmd->args);
-        snprintf(line, sizeof line, "%-39s  %s", left, first_of_family(cmd)->does);
-        reply_status(c, line);
-        len = 0;
-    }
-    return reply_list(c, (size_t)n, "command");
+    return reply_list(c, start, c->resp ? lines : n, "command");
 }
 
 /* Runs the command on one key, with the key's shard locked. Returns what run returned. */
@@ -1196,7 +1213,7 @@ static bool run_on_key(struct conn *c, struct slice key) {
     pthread_mutex_lock(&s->lock);
     c->link = table_find(s, c->hash, key);
     if (c->link && !(c->cmd->flags & WRITES)) ++*(*c->link ? &s->hits : &s->misses);
-    bool result = c->link ? c->cmd->run(c) : reply_error(c, "OOM out of memory");
+    bool result = c->link ? c->cmd->run(c) : fail(c, "OOM out of memory");
     pthread_mutex_unlock(&s->lock);
     return result;
 }
@@ -1204,115 +1221,100 @@ static bool run_on_key(struct conn *c, struct slice key) {
 /* Runs the request in argv and replies. */
 static bool run_request(struct conn *c) {
     const struct command *cmd = c->cmd = find_command(c->argv[0]);
-    size_t max_memory = (size_t)opt.max_memory << 20;
     int64_t n = 0;
-    if (!cmd) return unknown_command(c, c->argv[0]);
+    if (!cmd) return fail(c, UNKNOWN, show(c->argv[0]).text);
     if (c->argc < cmd->min || c->argc > cmd->max)
-        return reply_error(c, "ERR wrong number of arguments for '%s' command: %s %s",
-                           cmd->name, cmd->name, cmd->args);
-    if (cmd->flags & GROWS && atomic_load(&used_memory) > max_memory)
-        return reply_error(c, "OOM command not allowed when used memory > 'maxmemory'.");
+        return fail(c, "ERR wrong number of arguments for '%s' command: %s %s",
+                    lower(cmd).text, cmd->name, cmd->args);
+    if (cmd->flags & GROWS && used_memory > (size_t)opt.max_memory << 20)
+        return fail(c, "OOM command not allowed when used memory > 'maxmemory'.");
     if (cmd->flags & ONE_KEY) return run_on_key(c, c->argv[1]);
     if (!(cmd->flags & EACH_KEY)) return cmd->run(c);
     for (size_t i = 1; i < c->argc; i++) n += run_on_key(c, c->argv[i]);
     return reply_int(c, n);
 }
 
-/* ==================================================================================== */
-/* 9 Connections                                                                        */
-/* ==================================================================================== */
+/* === 9 Connections ================================================================= */
+/* Why a buffer could not be filled or sent. */
+static const char *why_not(const struct buf *b, const char *timeout) {
+    return b->failed ? "out of memory" : errno == EAGAIN ? timeout : strerror(errno);
+}
 
 /* Sends all replies. Blocks as long as the client does not take them. */
 static void flush(struct conn *c) {
-    ssize_t n = 0;
-    if (c->out.failed) errno = ENOMEM; /* half a reply would be worse than none */
-    for (size_t sent = 0; !c->broken && sent<c->out.len; sent += n> 0 ? (size_t)n : 0) {
-        n = c->out.failed ? -1 : send(c->fd, c->out.p + sent, c->out.len - sent, 0);
-        if (n >= 0 || errno == EINTR) continue;
-        c->closing = errno == EAGAIN ? "it does not take its replies" : strerror(errno);
-        c->broken = true;
+    const char *why = c->out.failed ? "out of memory" : NULL; /* no half replies */
+    for (size_t sent = 0; !why && sent < c->out.len;) {
+        ssize_t n = send(c->fd, c->out.p + sent, c->out.len - sent, 0);
+        if (n >= 0) sent += (size_t)n;
+        else if (errno != EINTR) why = why_not(&c->out, "replies not taken");
     }
+    c->broken |= why != NULL;
+    if (why) c->closing = why;
     c->out.len = 0;
 }
 
-/* Waits for input, until --timeout if there is one. Looks once without waiting: before a
-   thread goes to sleep it gives back what its buffers have grown by, so that an idle
-   connection costs little. Returns what recv does. */
-static ssize_t receive(struct conn *c) {
-    ssize_t n = -1;
-    for (int flags = MSG_DONTWAIT; buf_reserve(&c->in, 1); flags = 0) {
-        do n = recv(c->fd, c->in.p + c->in.len, c->in.cap - c->in.len, flags);
-        while (n < 0 && errno == EINTR);
-        if (n >= 0 || errno != EAGAIN || !flags) break;
-        buf_slim(&c->in);
-        buf_slim(&c->out);
-    }
-    return n;
-}
-
-/* Reads more input behind what there is of a request. Where the input ends or fails, says
-   so in closing. */
+/* Reads more input behind what there is of a request, and waits for it, until --timeout
+   if there is one. Looks once without waiting: before a thread goes to sleep it gives
+   back what its buffers have grown by, so that an idle connection costs little. Where the
+   input ends or fails, says so in closing. */
 static void fill(struct conn *c) {
     struct buf *in = &c->in;
-    bool full =
-        in->len == in->cap; /* then more is waiting: make room for more at a time */
+    bool full = in->len == in->cap; /* then more is waiting: take more at a time */
+    ssize_t n = -1;
     in->len -= c->pos;
-    memmove(in->p, in->p + c->pos, in->len);
+    if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
     c->pos = 0;
     if (full && in->cap < IO_CHUNK) buf_reserve(in, in->cap - in->len + 1);
-    ssize_t n = receive(c);
-    if (n > 0) {
-        in->len += (size_t)n;
-    } else if (n < 0) {
-        c->broken = errno != EAGAIN;
-        c->closing = c->broken ? strerror(errno) : "timeout";
-    } else {
-        c->closing = "end of input";
-        if (in->len > 0 && !atomic_load(&stopping))
-            reply_error(
-                c,
-                "ERR the last line was not run: it has no newline and may be cut short");
+    for (int flags = MSG_DONTWAIT; buf_reserve(in, 1); flags = 0) {
+        do n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
+        while (n < 0 && errno == EINTR);
+        if (n >= 0 || errno != EAGAIN || !flags) break;
+        buf_slim(in);
+        buf_slim(&c->out);
     }
+    if (n > 0) in->len += (size_t)n;
+    else if (n == 0) c->closing = "end of input";
+    else c->closing = why_not(in, "timeout");
+    c->broken = n < 0 && (in->failed || errno != EAGAIN);
+    if (n == 0 && in->len > 0 && !c->resp && !atomic_load(&stopping))
+        fail(c, "ERR the last line has no newline: it may be cut short and is not run");
 }
 
-/* Closes the connection so that the client sees the last replies: it is told first, and
-   what it still sends is read for a moment, for TCP forgets what is under way when a
-   socket with unread input is closed. */
-static void hang_up(struct conn *c) {
-    struct timeval second = {LINGER / 1000, 0};
+/* Closes fd so that the client sees the last replies: it is told first, and what it still
+   sends is read for up to linger ms, for closing a socket with unread input makes TCP
+   forget what is under way. */
+static void hang_up(int fd, int linger) {
     char unread[1024];
-    int64_t end = clock_ns(CLOCK_MONOTONIC) + LINGER * 1000000;
-    if (!c->broken && shutdown(c->fd, SHUT_WR) == 0 &&
-        setsockopt(c->fd, SOL_SOCKET, SO_RCVTIMEO, &second, sizeof second) == 0)
-        while (recv(c->fd, unread, sizeof unread, 0) > 0 &&
-               clock_ns(CLOCK_MONOTONIC) < end) {}
-    close(c->fd);
+    struct timeval wait = {linger / 1000, 1};
+    int64_t end = ticks() + linger * SECOND / 1000;
+    bool more = setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof wait) == 0 &&
+                shutdown(fd, SHUT_WR) == 0;
+    while (more) more = recv(fd, unread, sizeof unread, 0) > 0 && ticks() < end;
+    close(fd);
 }
 
-/* Runs the request, counts it and, with -vv, logs it with the time it took. */
-static void run_counted(struct conn *c, const char *client) {
-    struct counter *count = &commands_by_fd[c->fd];
-    int64_t start = logs(LOG_COMMAND) ? clock_ns(CLOCK_MONOTONIC) : 0;
+/* Runs the request and counts it; -vv logs it, with its client and the time it took. */
+static void run_counted(struct conn *c, const char *who) {
+    atomic_ulong *ran = &commands_by_fd[(long)c->fd * COUNTER_STRIDE];
+    int64_t start = logs(COMMAND) ? ticks() : 0;
+    char line[512] = "";
     run_request(c);
-    atomic_store_explicit(&count->n, count->n + 1, memory_order_relaxed);
-    if (!start) return;
-    char line[700];
-    size_t len = 0;
-    for (size_t i = 0; i < c->argc && len < sizeof line - sizeof(struct text); i++)
-        len += (size_t)sprintf(line + len, " %s", show(c->argv[i]).text);
-    log_line(LOG_COMMAND, "%s%s (%ld us)", client, line,
-             (long)(clock_ns(CLOCK_MONOTONIC) - start) / 1000);
+    atomic_store_explicit(ran, *ran + 1, memory_order_relaxed);
+    for (size_t i = 0; start && i < c->argc && strlen(line) < sizeof line / 3; i++)
+        strcat(strcat(line, " "), show(c->argv[i]).text);
+    if (start) say(COMMAND, "%s%s (%ld us)", who, line, (long)(ticks() - start) / 1000);
 }
 
-/* A connection's thread: reads, runs all requests that have arrived, sends their replies
-   together, reads again. */
+/* A connection's thread: reads, runs all requests that have arrived, sends all their
+   replies at once. */
 static void *conn_main(void *arg) {
     struct conn c;
     memset(&c, 0, offsetof(struct conn, argv)); /* touching argv would cost memory */
     c.fd = (int)(intptr_t)arg;
-    struct text client = {""};
-    if (logs(LOG_CLIENT)) client = address_of(c.fd, getpeername);
-    log_line(LOG_CLIENT, "%s connected", client.text);
+    c.version = 2;
+    atomic_fetch_add(&connections, 1);
+    struct text client = logs(CLIENT) ? address_of(c.fd, getpeername) : (struct text){""};
+    say(CLIENT, "%s connected", client.text);
     while (!c.closing && atomic_load(&stopping) < 2) {
         fill(&c);
         while (!c.closing && next_request(&c)) {
@@ -1321,212 +1323,185 @@ static void *conn_main(void *arg) {
         }
         flush(&c);
     }
-    log_line(LOG_CLIENT, "%s closed: %s", client.text,
-             c.closing ? c.closing : "the server stops");
-    hang_up(&c);
+    say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
+    hang_up(c.fd, c.broken ? 0 : LINGER);
     free(c.in.p);
     free(c.out.p);
     atomic_fetch_sub(&connected, 1); /* the last thing: main ends the program at 0 */
     return NULL;
 }
 
-/* ==================================================================================== */
-/* 11 The server                                                                        */
-/* ==================================================================================== */
-
-/* Tells a client that it cannot be served, without waiting for it, and the log why, once a
-   second at most. */
+/* === 11 The server ================================================================= */
+/* Turns a client away without waiting for it; the log says why, once a second at most. */
 static void refuse(int fd, const char *why) {
     static const char reply[] = "-ERR max number of clients reached\r\n";
     static time_t logged; /* only main is ever here */
-    if (time(NULL) != logged) log_line(LOG_WARN, "client refused: %s", why);
+    if (time(NULL) != logged) say(WARN, "client refused: %s", why);
     logged = time(NULL);
-    if (fd < 0) return;
-    if (send(fd, reply, sizeof reply - 1, MSG_DONTWAIT) > 0) shutdown(fd, SHUT_WR);
-    while (recv(fd, (char[1024]){0}, 1024, MSG_DONTWAIT) > 0) {}
-    close(fd);
+    if (fd >= 0 && send(fd, reply, sizeof reply - 1, MSG_DONTWAIT) >= 0) hang_up(fd, 0);
+    else if (fd >= 0) close(fd);
 }
 
+static pthread_attr_t detached; /* of the connections' threads: nobody waits for them */
+
 /* Starts a thread for the client at fd, or turns it away. */
-static void start_client(int fd, const pthread_attr_t *attr) {
+static void start_client(int fd) {
     const struct timeval timeout = {.tv_sec = opt.timeout};
-    pthread_t thread;
+    pthread_t id;
     int on = 1, error = 0;
-    bool full = atomic_load(&connected) >= opt.max_clients || fd >= max_fds;
     /* Without these options a connection works, only less well. */
     (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     (void)setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
     (void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
-    if (!full) {
-        atomic_fetch_add(&connected, 1);
-        error = pthread_create(&thread, attr, conn_main, (void *)(intptr_t)fd);
-        if (error) atomic_fetch_sub(&connected, 1);
-    }
-    if (full || error)
+    bool full = atomic_fetch_add(&connected, 1) >= opt.max_clients || fd >= max_fds;
+    if (!full) error = pthread_create(&id, &detached, conn_main, (void *)(intptr_t)fd);
+    if (full || error) {
+        atomic_fetch_sub(&connected, 1);
         refuse(fd, full ? "max number of clients reached" : strerror(error));
-    else connections++;
+    }
 }
 
 /* Accepts who is waiting, within bounds, so that signals get their turn. */
-static void accept_clients(int listener, const pthread_attr_t *attr) {
+static void accept_clients(int listener) {
     static int spare = -1; /* a descriptor to give up when there is no other */
     for (int i = 0; i < SOMAXCONN; i++) {
         if (spare < 0) spare = open("/dev/null", O_RDONLY);
         int fd = accept(listener, NULL, NULL);
-        if (fd >= 0) {
-            start_client(fd, attr);
-        } else if (errno == EMFILE || errno == ENFILE || errno == ENOMEM ||
-                   errno == ENOBUFS) {
-            /* Unaccepted, the client would keep the listener readable and us awake. */
+        if (fd < 0 && errno == EAGAIN) return;
+        if (fd >= 0) start_client(fd);
+        else if (errno != EINTR && errno != ECONNABORTED && errno != EPROTO) {
+            /* Left alone, the client would keep the listener readable and us awake. */
             const char *why = strerror(errno);
             close(spare);
             spare = -1;
             refuse(accept(listener, NULL, NULL), why);
             nanosleep(&(struct timespec){0, 1000000}, NULL);
-        } else if (errno == EAGAIN) {
-            return;
         }
     }
 }
 
-static bool is_loopback(const struct addrinfo *a) {
-    const void *sa = a->ai_addr;
-    const struct sockaddr_in *four = sa;
-    const struct sockaddr_in6 *six = sa;
-    return a->ai_family == AF_INET ? ntohl(four->sin_addr.s_addr) >> 24 == 127
-                                   : IN6_IS_ADDR_LOOPBACK(&six->sin6_addr);
+/* Whether nobody but programs on this machine can get at an address. */
+static bool is_loopback(const struct sockaddr *sa) {
+    const struct sockaddr_in *v4 = (const struct sockaddr_in *)(const void *)sa;
+    const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)(const void *)sa;
+    return sa->sa_family == AF_INET ? ntohl(v4->sin_addr.s_addr) >> 24 == 127
+                                    : IN6_IS_ADDR_LOOPBACK(&v6->sin6_addr);
 }
 
 /* Binds the first address that --bind names and that is free. Returns the listener. */
 static int listen_on(void) {
     const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE};
-    struct addrinfo *all;
-    char port[8];
+    struct addrinfo *all, *a;
+    char port[8], *hint = "";
     int fd = -1, on = 1;
     snprintf(port, sizeof port, "%ld", opt.port);
     int error = getaddrinfo(opt.bind, port, &hints, &all);
-    if (error)
-        die(2, "--bind %s: no address of this machine: %s", opt.bind,
-            gai_strerror(error));
-    for (struct addrinfo *a = all; a; a = a->ai_next) {
-        if (!is_loopback(a) && !opt.insecure)
-            die(2, "--bind %s: only loopback is allowed without --insecure", opt.bind);
+    if (error) exit(say(USAGE, "--bind %s: %s", opt.bind, gai_strerror(error)));
+    for (a = all; a; a = a->ai_next) {
+        if (!opt.insecure && !is_loopback(a->ai_addr))
+            exit(say(USAGE, "--bind %s: not loopback, which needs --insecure", opt.bind));
         fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
         if (fd >= 0 && !setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) &&
-            !bind(fd, a->ai_addr, a->ai_addrlen) && !listen(fd, SOMAXCONN) &&
-            !fcntl(fd, F_SETFL, O_NONBLOCK))
+            !fcntl(fd, F_SETFL, O_NONBLOCK) && !bind(fd, a->ai_addr, a->ai_addrlen))
             break;
-        error = errno;
+        if (errno == EADDRINUSE) hint = "; -p 0 takes any free port";
         if (fd >= 0) close(fd);
-        fd = -1;
     }
+    if (!a || listen(fd, SOMAXCONN) < 0)
+        exit(say(ERROR, "%s port %s: %s%s", opt.bind, port, strerror(errno), hint));
     freeaddrinfo(all);
-    if (fd < 0)
-        die(1, "cannot listen on %s port %ld: %s%s", opt.bind, opt.port, strerror(error),
-            error == EADDRINUSE ? "; -p 0 takes any free port" : "");
     return fd;
-}
-
-/* Allows as many descriptors as --max-clients needs, or as many as we may have, and makes a
-   counter for each. */
-static void raise_limits(void) {
-    rlim_t want = (rlim_t)opt.max_clients + 32;
-    struct rlimit r;
-    if (getrlimit(RLIMIT_NOFILE, &r) < 0)
-        die(1, "cannot ask for limits: %s", strerror(errno));
-    if (r.rlim_cur < want) r.rlim_cur = r.rlim_max < want ? r.rlim_max : want;
-    if (setrlimit(RLIMIT_NOFILE, &r) < 0 || r.rlim_cur < want)
-        log_line(LOG_WARN, "%ld descriptors are too few for --max-clients",
-                 (long)r.rlim_cur);
-    max_fds = (long)(r.rlim_cur < want ? r.rlim_cur : want);
-    commands_by_fd = calloc((size_t)max_fds, sizeof *commands_by_fd);
 }
 
 static volatile sig_atomic_t signals;
 
 static void on_signal(int number) { signals += number != 0; }
 
-/* SIGINT and SIGTERM are only counted, and arrive only while main waits in pselect, with
-   the mask *waiting: so none can come between the look at signals and the wait. */
-static void catch_signals(sigset_t *waiting) {
-    static const struct sigaction count = {.sa_handler = on_signal},
-                                  ignore = {.sa_handler = SIG_IGN};
-    sigset_t ours;
-    sigemptyset(&ours);
-    sigaddset(&ours, SIGINT);
-    sigaddset(&ours, SIGTERM);
-    pthread_sigmask(SIG_BLOCK, &ours, waiting);
-    sigdelset(waiting, SIGINT);
-    sigdelset(waiting, SIGTERM);
-    sigaction(SIGINT, &count, NULL);
-    sigaction(SIGTERM, &count, NULL);
-    sigaction(SIGPIPE, &ignore, NULL);
-}
-
-/* Accepts clients until a signal arrives, then once more who came before it. */
-static void serve(int listener, const sigset_t *waiting) {
-    pthread_attr_t attr;
-    if (pthread_attr_init(&attr) || pthread_attr_setstacksize(&attr, STACK_SIZE) ||
-        pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED))
-        die(1, "cannot set up threads");
-    log_line(LOG_INFO, "listening on %s", address_of(listener, getsockname).text);
-    while (!signals) {
-        fd_set ready;
-        FD_ZERO(&ready);
-        FD_SET((size_t)listener, &ready);
-        pselect(listener + 1, &ready, NULL, NULL, NULL, waiting);
-        accept_clients(listener, &attr);
-    }
-    close(listener);
-    pthread_attr_destroy(&attr);
+/* Waits for signals and, until then, for input at listener, or with -1 for 5 ms. */
+static void wait_for_signal(int listener) {
+    sigset_t none;
+    fd_set ready;
+    sigemptyset(&none);
+    FD_ZERO(&ready);
+    if (listener >= 0) FD_SET((size_t)listener, &ready);
+    pselect(listener + 1, &ready, NULL, NULL,
+            listener < 0 ? &(struct timespec){0, 5000000} : NULL, &none);
 }
 
 /* Ends the connections. After SHUT_RD a thread still reads what has arrived (on Linux),
-   answers it, and then sees the end of the input. Who has not taken the replies in time is
-   dropped. Returns whether all threads have ended. */
-static bool stop_clients(const sigset_t *waiting) {
-    int64_t waited = 0, start = clock_ns(CLOCK_MONOTONIC);
-    log_line(LOG_INFO, "stopping with %ld clients", atomic_load(&connected));
-    for (int stage = 1; atomic_load(&connected) > 0 && waited < 2 * STOP_GRACE;) {
-        if (stage > atomic_load(&stopping)) {
-            atomic_store(&stopping, stage);
-            for (int fd = 0; fd < max_fds; fd++)
-                shutdown(fd, stage == 1 ? SHUT_RD : SHUT_RDWR);
+   answers it, and then sees the end of the input. Who has not taken the replies in time
+   is dropped. Returns whether all threads have ended. */
+static bool stop_clients(void) {
+    int64_t end = ticks();
+    say(INFO, "stopping with %ld clients", atomic_load(&connected));
+    for (int stage = 1; stage <= 2; stage++) {
+        end += STOP_GRACE * SECOND / 1000;
+        atomic_store(&stopping, stage);
+        for (int fd = 3; fd < max_fds; fd++)
+            shutdown(fd, stage == 1 ? SHUT_RD : SHUT_RDWR);
+        while (atomic_load(&connected) > 0 && ticks() < end) {
+            wait_for_signal(-1);
+            if (signals > 1) exit(say(ERROR, "second signal: stopped at once"));
         }
-        pselect(0, NULL, NULL, NULL, &(struct timespec){0, 5000000}, waiting);
-        if (signals > 1) die(1, "second signal: stopped at once");
-        waited = (clock_ns(CLOCK_MONOTONIC) - start) / 1000000;
-        stage = waited < STOP_GRACE ? 1 : 2;
     }
     return atomic_load(&connected) == 0;
 }
 
+/* What must be there before the first thread: descriptors for --max-clients, or as many
+   as we may have, with counters; how threads are made; the seed; the signals. SIGINT and
+   SIGTERM are only counted, and arrive only while main waits in pselect, which lets them
+   through: so none can come between the look at signals and the wait. */
+static void prepare(void) {
+    static const struct sigaction count = {.sa_handler = on_signal};
+    struct rlimit r = {0, 0};
+    sigset_t ours;
+    max_fds = opt.max_clients + 32;
+    getrlimit(RLIMIT_NOFILE, &r);
+    r.rlim_cur = r.rlim_max < (rlim_t)max_fds ? r.rlim_max : (rlim_t)max_fds;
+    if (setrlimit(RLIMIT_NOFILE, &r) < 0 || r.rlim_cur < (rlim_t)max_fds)
+        say(WARN, "only %ld descriptors for --max-clients", (long)r.rlim_cur);
+    commands_by_fd = calloc((size_t)max_fds * COUNTER_STRIDE, sizeof *commands_by_fd);
+    if (pthread_attr_init(&detached) || pthread_attr_setstacksize(&detached, STACK) ||
+        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED))
+        exit(say(ERROR, "cannot set up threads"));
+    int fd = open("/dev/urandom", O_RDONLY);
+    if (fd < 0 || read(fd, seed, sizeof seed) != sizeof seed)
+        exit(say(ERROR, "cannot read /dev/urandom: %s", strerror(errno)));
+    close(fd);
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGINT);
+    sigaddset(&ours, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &ours, NULL);
+    sigaction(SIGINT, &count, NULL);
+    sigaction(SIGTERM, &count, NULL);
+    signal(SIGPIPE, SIG_IGN);
+}
+
 int main(int argc, char **argv) {
     pthread_t expiry;
-    sigset_t waiting;
-    started_ns = clock_ns(CLOCK_MONOTONIC);
+    started = ticks();
     parse_options(argc, argv);
     if (opt.help || opt.version) return print_help();
-    hash_init();
-    raise_limits();
-    catch_signals(&waiting);
-    shards = aligned_alloc(alignof(struct shard), sizeof *shards * (size_t)opt.shards);
-    if (!shards || !commands_by_fd) die(1, "out of memory");
-    for (long i = 0; i < opt.shards; i++) {
-        shards[i] = (struct shard){.hits = 0};
-        pthread_mutex_init(&shards[i].lock, NULL);
+    prepare();
+    size_t size = sizeof *shards * (size_t)opt.shards;
+    shards = aligned_alloc(_Alignof(struct shard), size);
+    if (!shards || !commands_by_fd) exit(say(ERROR, "out of memory"));
+    memset(shards, 0, size);
+    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
+    int listener = listen_on(), error = pthread_create(&expiry, NULL, expiry_main, NULL);
+    if (error) exit(say(ERROR, "cannot start a thread: %s", strerror(error)));
+    say(INFO, "listening on %s", address_of(listener, getsockname).text);
+    while (!signals) {
+        wait_for_signal(listener);
+        accept_clients(listener); /* after a signal once more: who came before it */
     }
-    int listener = listen_on();
-    int error = pthread_create(&expiry, NULL, expiry_main, NULL);
-    if (error) die(1, "cannot start the expiry thread: %s", strerror(error));
-    serve(listener, &waiting);
-    if (!stop_clients(&waiting)) return 0; /* a thread is busy: leave all as it is */
-    atomic_store(&stopping, 2);
+    close(listener);
+    if (!stop_clients()) return 0; /* a thread is busy: leave all as it is */
     pthread_join(expiry, NULL);
     for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
     free(shards);
     free(commands_by_fd);
-    log_line(LOG_INFO, "stopped");
+    say(INFO, "stopped");
     return 0;
 }
