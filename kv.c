@@ -57,7 +57,6 @@
 #else
 #define malloc_trim(unused) ((void)(unused))
 #endif
-
 #define KV_VERSION "0.1.0"
 
 /* The compiler checks the f-th argument, a format, against those behind it. */
@@ -159,7 +158,6 @@ static const struct option {
 enum level { USAGE, ERROR, WARN, INFO, CLIENT, COMMAND };
 
 #define SECOND INT64_C(1000000000) /* in ns */
-
 static int64_t clock_ns(clockid_t clock) {
     struct timespec t;
     clock_gettime(clock, &t);
@@ -838,7 +836,6 @@ static struct text lower(const struct command *cmd) {
 }
 
 #define NOT_INT "ERR value is not an integer or out of range"
-
 /* Turns a word into a deadline in ms since 1970. unit is in ms, and negative if the word
    says a moment rather than a time from now. Replies and returns false if it is not a
    number, less than min, or out of range. */
@@ -876,7 +873,6 @@ static bool cmd_get(struct conn *c) {
 
 #define SET_ERROR                                                                        \
     "ERR syntax error at %s; blanks need quotes: SET greeting \"hello world\""
-
 /* What may stand behind SET key value: one condition and one word for the time. Those
    behind KEEPTTL take a number; its unit is as in parse_deadline. */
 enum { NX, XX, KEEPTTL, SET_WORDS = 7, NONE = -1 };
@@ -1105,10 +1101,9 @@ static bool cmd_hello(struct conn *c) {
         return fail(c, "NOPROTO unsupported protocol version");
     c->version = (int)version;
     if (c->resp) c->resp = c->version;
-    const char *proto = version == 3 ? "3" : "2";
-    const char *const info[] = {"server", "kv",     "version", KV_VERSION,
-                                "proto",  proto,    "mode",    "standalone",
-                                "role",   "master", NULL};
+    const char *const info[] = {
+        "server", "kv",         "version", KV_VERSION, "proto", version == 3 ? "3" : "2",
+        "mode",   "standalone", "role",    "master",   NULL};
     return reply_map(c, info, str("*"));
 }
 
@@ -1181,7 +1176,6 @@ static const struct command *find_command(struct slice word) {
 }
 
 #define UNKNOWN "ERR unknown command '%s', see HELP"
-
 /* HELP: a line for each family. HELP command: all that its row says. */
 static bool cmd_help(struct conn *c) {
     const struct command *cmd = c->argc > 1 ? find_command(c->argv[1]) : commands,
@@ -1343,7 +1337,6 @@ static void refuse(int fd, const char *why) {
 }
 
 static pthread_attr_t detached; /* of the connections' threads: nobody waits for them */
-
 /* Starts a thread for the client at fd, or turns it away. */
 static void start_client(int fd) {
     const struct timeval timeout = {.tv_sec = opt.timeout};

@@ -1,0 +1,2079 @@
+#!/usr/bin/env bats
+# What kv promises, a test for each promise.
+#
+#     ./test.sh                    all of them
+#     ./test.sh -f KEYS            those with KEYS in their name
+#     KV=./kv-asan ./test.sh       on another build
+#
+# Each test starts a server of its own on a free port and talks to it over TCP. It needs
+# bash, coreutils, grep and cmp, and nc as OpenBSD has it, which knows -N: half-close at the
+# end of the input. Linux tells how much memory and time a process takes (/proc).
+#
+# SC2030, SC2031: bats runs each test as a process, so that its variables end with it.
+# SC2016: what single quotes keep from expanding is for an inner bash, or goes to kv as it is.
+# SC1003: so is a backslash before a single quote.
+# shellcheck disable=SC2030,SC2031,SC2016,SC1003
+
+bats_require_minimum_version 1.5.0
+export LC_ALL=C # bytes are bytes
+KV=$(realpath "${KV:-$BATS_TEST_DIRNAME/kv}")
+
+# Sanitizers cost time, and memory that says nothing about kv. ThreadSanitizer gives up when
+# one thread holds 64 locks, and at some 8,000 threads.
+sanitized='' connections=10000 for_all=() time_limit=60
+case ${KV##*/} in
+    *tsan*) sanitized=tsan connections=2000 for_all=(-s 32) time_limit=120 ;;
+    *asan*) sanitized=asan time_limit=120 ;;
+esac
+# That kv ends in a hurry, with a thread not joined, is what a second signal asks for.
+export TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
+
+# bats needs pkill or ps for a time limit, and says no to all tests without.
+if command -v pkill >/dev/null; then export BATS_TEST_TIMEOUT=$time_limit; fi
+
+# On Linux the server and what else runs in the background dies with its test, however that ends.
+leash=()
+if command -v setpriv >/dev/null; then leash=(setpriv --pdeathsig KILL); fi
+
+# --- starting and stopping ----------------------------------------------------------------
+
+setup_file() {
+    [[ -x $KV ]] || { echo "$KV is not there: make builds it" && return 1; }
+}
+
+setup() {
+    tmp=$BATS_TEST_TMPDIR log=$BATS_TEST_TMPDIR/log
+    pid='' port='' status='' took='' line='' c=''
+    fds=() helpers=()
+    : >"$log"
+}
+
+teardown() {
+    local failed=0 fd
+    for fd in "${fds[@]}"; do exec {fd}>&-; done
+    if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
+    if [[ $pid ]]; then
+        stop_kv || failed=1
+        if [[ $status != 0 ]]; then
+            echo "after SIGTERM kv ended with status $status"
+            failed=1
+        fi
+    fi
+    if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' \
+        "$log"; then failed=1; fi
+    if [[ $failed = 1 || -z ${BATS_TEST_COMPLETED:-} ]]; then
+        echo "--- the end of the server's log:" && tail -n 30 "$log"
+    fi
+    return "$failed"
+}
+
+start_kv() { # OPTION...: sets $pid and $port
+    : >"$log"
+    "${leash[@]}" "$KV" -p 0 "${for_all[@]}" "$@" </dev/null 2>>"$log" 3>&- 4>&- &
+    pid=$!
+    wait_until listening
+}
+
+listening() {
+    local text
+    text=$(<"$log")
+    ended && return 0
+    [[ $text =~ 'listening on '.*:([0-9]+) ]] && port=${BASH_REMATCH[1]}
+}
+
+# Waits for the server to end, after a signal unless that is "none". Sets $status to its exit
+# status and $took to the ms it needed.
+stop_kv() { # [SIGNAL]
+    local start
+    start=$(now_ms)
+    if [[ ${1:-} != none ]]; then kill -s "${1:-TERM}" "$pid" 2>/dev/null || true; fi
+    if ! wait_until ended; then
+        kill -9 "$pid"
+        echo "kv did not end" && pid=''
+        return 1
+    fi
+    took=$(($(now_ms) - start)) status=0
+    wait "$pid" || status=$?
+    pid=''
+}
+
+ended() { gone "$pid"; }
+
+gone() { ! kill -0 "$@" 2>/dev/null; } # PID...: whether none of them runs
+
+# --- waiting ------------------------------------------------------------------------------
+
+# Tries a command every 20 ms until it succeeds, for $patience seconds at most, or 20.
+wait_until() { # COMMAND...
+    local end=$((SECONDS + ${patience:-20}))
+    until "$@" >"$tmp/waiting"; do
+        ((SECONDS < end)) || { echo "waited in vain until: $*" && cat "$tmp/waiting" && return 1; }
+        sleep 0.02
+    done
+}
+
+now_ms() { echo $((${EPOCHREALTIME/./} / 1000)); }
+
+not() { ! "$@"; }
+
+# --- talking ------------------------------------------------------------------------------
+
+# Sends its input, half-closes, and prints what comes back until the server closes.
+talk() { timeout 60 nc -N 127.0.0.1 "$port"; }
+
+ask() { printf '%s\n' "$@" | talk; } # LINE...
+
+is() { # LINE...: whether the input is these lines, to the byte
+    if (($#)); then diff -a <(printf '%s\n' "$@") -; else cmp - /dev/null; fi
+}
+
+is_like() { # REGEX...: whether the input has one line for each, and they match
+    local lines i=0
+    mapfile -t lines
+    printf '%s\n' "${lines[@]:0:40}"
+    ((${#lines[@]} == $#)) || { echo "expected $# lines, not ${#lines[@]}" && return 1; }
+    for (( ; $#; i++)); do
+        [[ ${lines[i]} =~ ^$1$ ]] || { echo "line $((i + 1)) is not like: $1" && return 1; }
+        shift
+    done
+}
+
+connect() { # opens a connection to stay, as descriptor $c
+    exec {c}<>"/dev/tcp/127.0.0.1/$port"
+    fds+=("$c")
+}
+
+disconnect() { # FD
+    local fd=$1
+    exec {fd}>&-
+}
+
+send() { printf '%s\n' "${@:2}" >&"$1"; } # FD LINE...
+
+# Sends all at once, as the shell's own printf does not: it writes line by line.
+send_packet() { # FD FORMAT [ARGUMENT...]
+    # shellcheck disable=SC2059  # a format is what this is about
+    printf "${@:2}" >"$tmp/packet"
+    cat "$tmp/packet" >&"$1"
+}
+
+# What comes until the server closes, which it must do soon.
+rest() { timeout 20 cat <&"$1"; } # FD
+
+receive() { IFS= read -r -t 20 -u "$1" line; } # FD: sets $line to the next line of reply
+
+answers() { # FD REQUEST REPLY
+    send "$1" "$2" && receive "$1"
+    [[ $line == "$3" ]] || { echo "$2: expected $3, not $line" && return 1; }
+}
+
+closed() { # FD: whether the server closes it, without another byte
+    local code=0
+    line=''
+    IFS= read -r -t 20 -u "$1" line || code=$?
+    [[ $code = 1 && $line = '' ]] || { echo "status $code, got: $line" && return 1; }
+}
+
+background() { # COMMAND...: ends with the test at the latest
+    "${leash[@]}" "$@" 3>&- 4>&- &
+    helpers+=("$!")
+    disown
+}
+
+# Asks for the lines of a file again and again and takes no reply. Returns when the server
+# has stopped reading.
+flood() { # FD LINE COUNT
+    background bash -c 'yes "$1" | head -n "$2" >&"$3"' - "$2" "$3" "$1"
+    wait_until commands_stall
+}
+
+commands_stall() {
+    local before
+    before=$(info total_commands_processed)
+    sleep 0.1
+    ((before > 10 && $(info total_commands_processed) <= before + 2))
+}
+
+# --- looking at the server ----------------------------------------------------------------
+
+info() { ask INFO | grep "^$1:" | cut -d : -f 2; } # FIELD
+
+info_is() { [[ $(info "$1") = "$2" ]]; } # FIELD VALUE
+
+process_kb() { # VmRSS|VmHWM|VmSize: of the server, in KiB; VmHWM is the most VmRSS ever was
+    local name kb
+    while read -r name kb _; do
+        if [[ $name = "$1:" ]]; then echo "$kb"; fi
+    done <"/proc/$pid/status"
+}
+
+# Whether the server takes less memory than that. A sanitizer's share hides kv's.
+takes_less() { # VmRSS|VmHWM KB
+    [[ $sanitized ]] || (($(process_kb "$1") < $2)) ||
+        { echo "$1 is $(process_kb "$1") kB, not below $2" && return 1; }
+}
+
+cpu_ticks() { # of the server, in 1/100 s
+    local stat
+    read -r -a stat <"/proc/$pid/stat"
+    echo $((stat[13] + stat[14]))
+}
+
+log_lines='[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z (ERROR|WARN|INFO|DEBUG) '
+
+# Whether kv refuses to start with these arguments: with this exit status and one line on
+# stderr that matches, and nothing on stdout.
+refuses() { # STATUS REGEX ARGUMENT...
+    local code=0
+    timeout 20 "$KV" "${@:3}" >"$tmp/stdout" 2>"$tmp/stderr" </dev/null || code=$?
+    if [[ $code != "$1" || -s $tmp/stdout || $(wc -l <"$tmp/stderr") != 1 ]] ||
+        ! grep -Eq -- "$2" "$tmp/stderr"; then
+        echo "kv ${*:3}: status $code, expected $1 and: $2" && cat "$tmp/stderr"
+        return 1
+    fi
+}
+
+x() { head -c "$1" /dev/zero | tr '\0' x; } # N: prints that many x
+
+# A loop in a test is slow, for bats looks at each step. Only for subshells.
+quickly() { trap - DEBUG && "$@"; }
+
+# ==========================================================================================
+# Command line
+# ==========================================================================================
+
+@test "--help and -h print every option within 80 columns, and end with status 0" {
+    "$KV" --help >"$tmp/help" 2>"$tmp/err"
+    "$KV" -h | cmp - "$tmp/help"
+    for name in port bind max-clients timeout max-memory max-value shards insecure verbose \
+        quiet help version; do grep -q -- "--$name" "$tmp/help"; done
+    for letter in p b c t m s v q h V; do grep -Eq -- "(^| |-)${letter}[, ]" "$tmp/help"; done
+    not grep -E '.{81}' "$tmp/help"
+    [[ ! -s $tmp/err ]]
+}
+
+@test "--version and -V print one line, and end with status 0" {
+    "$KV" --version >"$tmp/version"
+    "$KV" -V | cmp - "$tmp/version"
+    is_like 'kv [0-9]+\.[0-9]+\.[0-9]+.*' <"$tmp/version"
+}
+
+@test "--help on a full disk ends with status 1 and says why" {
+    code=0
+    "$KV" --help >/dev/full 2>"$tmp/err" || code=$?
+    ((code == 1))
+    is_like '.+' <"$tmp/err"
+}
+
+@test "an option takes its value as -c 11, -c11, --max-clients 11 and --max-clients=11" {
+    for form in '-b 127.0.0.1 -c 11 -t 9 -m 7 -s 8 -p 0' '-b127.0.0.1 -c11 -t9 -m7 -s8 -p0' \
+        '--bind 127.0.0.1 --max-clients 11 --timeout 9 --max-memory 7 --shards 8 --max-value 99' \
+        '--bind=127.0.0.1 --max-clients=11 --timeout=9 --max-memory=7 --shards=8 --port=0'; do
+        read -r -a options <<<"$form"
+        start_kv "${options[@]}"
+        ask INFO >"$tmp/info"
+        grep -x maxclients:11 "$tmp/info"
+        grep -x maxmemory:7340032 "$tmp/info"
+        grep -x shards:8 "$tmp/info"
+        stop_kv
+    done
+}
+
+@test "switches may be run together, also with an option that takes a value" {
+    start_kv -vvs8
+    ask PING | is PONG
+    info_is shards 8
+    grep PING "$log"
+}
+
+@test "an unknown option, or something that is none, ends with status 2 and points at --help" {
+    refuses 2 '--help' -x
+    refuses 2 '--help' --nosuch
+    refuses 2 '--nosuch.*--help' --nosuch=1
+    refuses 2 '--help' --por 0
+    refuses 2 'extra.*--help' -p 0 extra
+    refuses 2 '--help' -
+}
+
+@test "an option without its value, or a switch with one, ends with status 2" {
+    refuses 2 '--port .*value' --port
+    refuses 2 '-p.*(value|--help)' -p
+    refuses 2 '--shards .*value' -p 0 --shards
+    refuses 2 '--verbose.*value' --verbose=1
+    refuses 2 '--help.*value' --help=
+}
+
+@test "a number that is none or out of range ends with status 2 and the range" {
+    for wrong in '' x 1x 1.5 0x10 -1 +1 ' 1' 65536 99999999999999999999; do
+        refuses 2 'port.* 0 .*65535' --port "$wrong"
+        refuses 2 'port.* 0 .*65535' "--port=$wrong"
+        refuses 2 'port.* 0 .*65535' -p "$wrong"
+    done
+    refuses 2 'max-clients.* 1 ' -c 0
+    refuses 2 'timeout.* 0 ' -t -1
+    refuses 2 'max-memory.* 0 ' -m lots
+    refuses 2 'max-value.* 1 ' --max-value 0
+}
+
+@test "the number of shards must be a power of two from 1 to 4096" {
+    for wrong in 3 6 100 4095; do refuses 2 'power of two' -s "$wrong"; done
+    for wrong in 0 -1 8192 4097; do refuses 2 '4096' -s "$wrong"; done
+}
+
+@test "a taken port ends with status 1 and suggests -p 0" {
+    start_kv
+    refuses 1 "$port: Address already in use.*-p 0" -p "$port"
+    ask PING | is PONG
+}
+
+@test "listening beyond loopback is refused with status 2, unless --insecure is given" {
+    for address in 0.0.0.0 :: 192.0.2.1; do
+        refuses 2 'insecure' -p 0 --bind "$address"
+    done
+    # 192.0.2.1 is nobody's address: here the refusal is over, and listening fails.
+    refuses 1 '192.0.2.1.*: Cannot assign requested address' -p 0 --bind 192.0.2.1 --insecure
+}
+
+@test "--bind takes an IPv6 address, which the log puts into brackets" {
+    grep -q '^0*1 ' /proc/net/if_inet6 || skip "this machine has no ::1"
+    start_kv --bind ::1
+    grep -Ex "${log_lines}listening on \[::1\]:$port" "$log"
+    printf 'PING\n' | timeout 20 nc -N ::1 "$port" | is PONG
+}
+
+@test "--bind takes a host name" {
+    start_kv -b localhost
+    printf 'PING\n' | timeout 20 nc -N localhost "$port" | is PONG
+}
+
+@test "the log's first line says when, how grave, and the address with the real port" {
+    before=$(date -u +%FT%T.%3NZ)
+    start_kv
+    after=$(date -u +%FT%T.%3NZ)
+    ((port > 0))
+    is_like "${log_lines}listening on 127\.0\.0\.1:$port" <"$log"
+    stamp=$(cut -d ' ' -f 1 "$log")
+    [[ ! $stamp < $before && ! $stamp > $after ]]
+}
+
+@test "without -v the log is silent about clients" {
+    start_kv
+    ask PING 'SET a 1' NOSUCH | is_like PONG OK '.*NOSUCH.*'
+    is_like '.*listening.*' <"$log"
+}
+
+@test "-q logs neither start nor stop nor clients" {
+    start_kv
+    stop_kv
+    : >"$log"
+    "${leash[@]}" "$KV" -q -p "$port" </dev/null 2>>"$log" 3>&- 4>&- &
+    pid=$!
+    wait_until ping
+    stop_kv
+    ((status == 0))
+    is <"$log"
+}
+
+refused() { ! (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; }
+
+ping() { [[ $(ask PING 2>&1) = PONG ]]; }
+
+@test "-v logs who connects and who leaves, and no commands" {
+    start_kv --verbose
+    ask PING | is PONG
+    wait_until grep -q closed "$log"
+    is_like '.*listening on .*' \
+        "${log_lines}127\.0\.0\.1:[0-9]+ connected" \
+        "${log_lines}127\.0\.0\.1:[0-9]+ closed.*" <"$log"
+}
+
+@test "-vv logs every command, its words quoted where needed and cut at 64 bytes" {
+    start_kv -vv
+    ask 'set "two\nlines" plain' "ECHO $(printf 'a%.0s' {1..65})" | is_like OK 'a{65}'
+    grep -F 'set "two\nlines" plain' "$log"
+    grep -E 'ECHO a{64}[^a]' "$log"
+}
+
+@test "no client can write a line of its own into the log" {
+    start_kv -vv
+    lie='2026-01-01T00:00:00.000Z INFO lie'
+    printf 'ECHO "x\\n%s"\n"\\n%s\\r\\n"\nSET "\\x1b[2J\\n" \n\r%s\n' "$lie" "$lie" "$lie" |
+        talk >/dev/null
+    wait_until grep -q closed "$log"
+    not grep -Ev "^$log_lines" "$log"
+    not grep "^$lie" "$log"
+    not grep "[^[:print:]]" "$log"
+}
+
+@test "log lines of many clients never mix" {
+    start_kv -vv
+    seq -f 'SET key-%.0f-end x' 200 >"$tmp/in"
+    pids=()
+    for ((i = 0; i < 20; i++)); do talk <"$tmp/in" >/dev/null & pids+=("$!"); done
+    wait "${pids[@]}"
+    pattern="${log_lines}127.0.0.1:[0-9]+ SET key-[0-9]+-end x[^-]*"
+    (($(grep -Exc "$pattern" "$log") == 4000))
+    not grep -Ev "^($pattern|$log_lines.*(listening|connected|closed).*)$" "$log"
+}
+
+# ==========================================================================================
+# Text protocol: requests
+# ==========================================================================================
+
+@test "command names may be in upper, lower or mixed case" {
+    start_kv
+    ask 'set a 1' 'GeT a' 'GET a' 'iNcR a' | is OK 1 1 2
+}
+
+@test "words are separated by any number of spaces and tabs, also at both ends" {
+    start_kv
+    printf ' \t SET \t\t a   x \t\nGET\ta\n' | talk | is OK x
+}
+
+@test "a line may end in LF or CRLF, and its reply ends the same way" {
+    start_kv
+    printf 'SET a 1\r\nGET a\nGET a\r\nGET b\r\nPING\n' | talk >"$tmp/out"
+    cmp "$tmp/out" <(printf 'OK\r\n1\n1\r\n(nil)\r\nPONG\n')
+}
+
+@test "every line of a long reply, and an error, ends in CRLF when the request did" {
+    start_kv
+    printf 'SET a 1\r\nKEYS\r\nINFO\r\nHELP\r\nHELP SET\r\nNOSUCH\r\nGET "\r\n' | talk >"$tmp/out"
+    not grep -v $'\r$' "$tmp/out"
+    not grep $'\r.' "$tmp/out"
+}
+
+@test "a CR that is not before the LF is a byte like any other" {
+    start_kv
+    printf 'SET a x\ry\r\nGET a\nSET b x\r\r\nGET b\n' | talk >"$tmp/out"
+    cmp "$tmp/out" <(printf 'OK\r\n"x\\ry"\nOK\r\n"x\\r"\n')
+}
+
+@test "empty lines and comments are skipped without a reply" {
+    start_kv
+    printf '\n\r\n  \t \n# GET a "\n  #PING\n#\nPING\n' | talk | is PONG
+}
+
+@test "a # is a comment only where a line begins" {
+    start_kv
+    ask 'SET #a #b' 'GET #a' "'#a'" | is_like OK '#b' '\(error\) ERR unknown command.*'
+}
+
+@test "inside a plain word quotes and backslashes are bytes like any other" {
+    start_kv
+    for word in "don't" '5"' 'a\b' 'x"y' "x'" 'a\n' '\' '\"' 'a""' "a''b"; do
+        ask "SET k $word" "GET k" | is OK "$word"
+    done
+}
+
+@test "a double-quoted word holds blanks and the escapes \\\" \\\\ \\n \\r \\t \\xHH" {
+    start_kv
+    ask "SET k \"a 'b' \\\"c\\\" \\\\ \\n\\r\\t\\x00\\xfF\\x41\"" 'GET k' >"$tmp/out"
+    cmp "$tmp/out" <(printf 'OK\n"a \x27b\x27 \\x22c\\x22 \\\\ \\n\\r\\t\\x00\xffA"\n')
+    ask 'SET "\"\\\n\r\t" 1' 'GET "\x22\x5c\x0a\x0d\x09"' | is OK 1
+}
+
+@test "a single-quoted word is taken as it stands" {
+    start_kv
+    ask "SET k 'a  \"b\" \\n \\'" 'GET k' "SET '' ''" 'GET ""' | is OK 'a  "b" \n \' OK '""'
+}
+
+@test "an empty quoted word is a word: \"\" and ''" {
+    start_kv
+    ask 'SET "" 1' "GET ''" "EXISTS ''" "''" | is_like OK 1 1 '\(error\) ERR unknown command .*'
+}
+
+@test "any word may be quoted, also the command's name" {
+    start_kv
+    ask "\"SET\" 'a' \"x\"" "'get' a" | is OK x
+}
+
+@test "an unknown escape is an error, and the connection goes on" {
+    start_kv
+    for escape in '\a' '\0' '\x' '\x4' '\xg1' '\x1g' '\N' '\X41' '\u0041' "\\'" '\ ' '\x 1'; do
+        ask "EXISTS \"$escape\"" PING | is_like '\(error\) ERR .*escape.*' PONG
+    done
+}
+
+@test "a quote that is not closed is an error, and the connection goes on" {
+    start_kv
+    for word in '"' "'" '"abc' "'abc" '"abc\"' '"a b' "\"abc'" "'abc\""; do
+        ask "EXISTS $word" PING | is_like '\(error\) ERR .*quote.*' PONG
+    done
+    ask 'EXISTS "ab\' PING | is_like '\(error\) ERR .*' PONG
+}
+
+@test "behind a closing quote must come a blank or the end of the line" {
+    start_kv
+    for word in '"a"b' "'a'b" '"a""b"' "'a''b'" "\"a\"'b'" '""x' '"a"\n' '"a"#'; do
+        ask "EXISTS $word" PING | is_like '\(error\) ERR .*quote.*' PONG
+    done
+    printf 'EXISTS "a"\t"b"\nEXISTS "a" \nEXISTS "b"\r\n' | talk | is 0 0 $'0\r'
+}
+
+@test "a quoted word ends with its line" {
+    start_kv
+    ask 'EXISTS "one' 'PING' 'two"' | is_like '\(error\) ERR .*quote.*' PONG '\(error\).*'
+}
+
+@test "UTF-8 passes in keys, values and patterns" {
+    start_kv
+    ask 'SET grüße 世界' 'GET grüße' 'KEYS grü*' 'ECHO "naïve ☃"' |
+        is OK 世界 grüße '(1 key)' 'naïve ☃'
+}
+
+@test "every byte but blanks and newline may stand in a plain word as it is" {
+    start_kv
+    (quickly raw_words 'ECHO ') | talk | (quickly decode) >"$tmp/decoded"
+    (quickly raw_words '') | cmp "$tmp/decoded" -
+}
+
+raw_words() { # PREFIX
+    local b
+    for b in {0..8} {11..31} {33..255}; do printf '%b\n' "$1a\\x$(printf %02x "$b")z"; done
+}
+
+# Decodes replies as a script would: a line that starts with a double quote with printf %b.
+decode() {
+    local text
+    while IFS= read -r text; do
+        if [[ $text == \"*\" ]]; then printf '%b\n' "${text:1:-1}"; else printf '%s\n' "$text"; fi
+    done
+}
+
+@test "a request may arrive cut in two at any place" {
+    start_kv
+    request=$'SET "k\\x41" \'v w\'\r\nGET kA\n'
+    for ((i = 1; i < ${#request}; i++)); do
+        connect
+        printf '%s' "${request:0:i}" >&"$c"
+        sleep 0.002
+        printf '%s' "${request:i}" >&"$c"
+        receive "$c" && [[ $line = $'OK\r' ]]
+        receive "$c" && [[ $line = 'v w' ]]
+        disconnect "$c"
+    done
+}
+
+@test "a request may arrive a byte at a time" {
+    start_kv
+    connect
+    request=$'SET "k \\x41\\n" \'v w\'\n#c\n\r\nGET "k A\\x0a"\r\nGETT\n'
+    for ((i = 0; i < ${#request}; i++)); do
+        printf '%s' "${request:i:1}" >&"$c"
+        sleep 0.002
+    done
+    receive "$c" && [[ $line = OK ]]
+    receive "$c" && [[ $line = $'v w\r' ]]
+    receive "$c" && [[ $line = *GETT* ]]
+}
+
+@test "several requests may arrive in one packet, good and bad ones" {
+    start_kv
+    connect
+    send_packet "$c" 'SET a 1\r\nNOSUCH\n\nGET a\nGET "\nINCR a\n#\nDEL a\nQUIT\n'
+    rest "$c" | is_like $'OK\r' '.*NOSUCH.*' 1 '\(error\).*' 2 1 OK
+}
+
+@test "100,000 pipelined requests are answered in order" {
+    start_kv
+    yes 'INCR n' | head -n 100000 | talk | cmp - <(seq 100000)
+}
+
+@test "thousands of pipelined requests are answered in order, cut anywhere" {
+    start_kv
+    paste -d '' <(seq -f 'SET k%.0f ' 3000) <(seq -f 'v%.0f' 3000) >"$tmp/in"
+    seq -f 'GET k%.0f' 3000 >>"$tmp/in"
+    for size in 1 7 1024 65537; do # bytes in each write
+        dd if="$tmp/in" ibs=64k obs="$size" status=none | talk >"$tmp/out"
+        cmp "$tmp/out" <(yes OK | head -n 3000 && seq -f 'v%.0f' 3000)
+    done
+}
+
+@test "after a half-close everything that was sent is answered" {
+    start_kv
+    ask 'SET big "'"$(x 100000)"'"' | is OK
+    yes 'GET big' | head -n 500 >"$tmp/in"
+    (($(talk <"$tmp/in" | wc -c) == 500 * 100001))
+}
+
+@test "a last line without newline is not run: it gets one error that says so" {
+    start_kv
+    printf 'SET balance 1\nPING\nSET balance 12' | talk |
+        is_like OK PONG '\(error\) ERR .*newline.*'
+    printf 'SET balance "12' | talk | is_like '\(error\) ERR .*newline.*'
+    printf 'SET balance 12\r' | talk | is_like '\(error\) ERR .*newline.*'
+    ask 'GET balance' | is 1
+}
+
+# ==========================================================================================
+# Text protocol: replies
+# ==========================================================================================
+
+@test "a reply is a status, a value, (nil), an integer or an (error)" {
+    start_kv
+    ask PING 'SET a "hello world"' 'GET a' 'GET b' 'INCR n' 'INCR a' |
+        is_like PONG OK 'hello world' '\(nil\)' 1 '\(error\) ERR .+'
+}
+
+@test "a value that cannot be misread is bare" {
+    start_kv
+    for value in x OK 'a b' 'a  b' 'a"b' 'a"' 'a(b' ')' '#a' 'a\b' '\' '\n' '*' '-ERR' é; do
+        ask "ECHO '$value'" | is "$value"
+    done
+    ask "ECHO don't" "ECHO \"'a'\"" "ECHO \"' \\\" x\"" | is "don't" "'a'" "' \" x"
+}
+
+@test "a value that bare could be misread is quoted" {
+    start_kv
+    for value in '(nil)' '(' '(error) ERR x' '(3 keys)' ' ' ' a' 'a ' '  '; do
+        ask "ECHO '$value'" | is "\"$value\""
+    done
+    ask "ECHO ''" "ECHO '\"'" "ECHO '\"a\"'" | is '""' '"\x22"' '"\x22a\x22"'
+    printf "ECHO '\ta'\nECHO 'a\t'\nECHO 'a\tb'\n" | talk | is '"\ta"' '"a\t"' '"a\tb"'
+}
+
+@test "in a quoted value backslash, newline, return, tab and double quote have one spelling" {
+    start_kv
+    ask 'ECHO "\\ \n \r \t \" \x22 \x5C \x0A \x0d \x09 x"' |
+        is '"\\ \n \r \t \x22 \x22 \\ \n \r \t x"'
+    ask 'ECHO " \"\\"' 'ECHO "\x00\\n"' | is '" \x22\\"' '"\x00\\n"'
+}
+
+@test "any other control byte is spelled \\xHH in lower case, and 0x80 to 0xff stand raw" {
+    start_kv
+    (quickly control_bytes ECHO) | talk | cmp - <(quickly control_bytes)
+    ask 'ECHO "\x80\x9f\xa0\xff\n"' | cmp - <(printf '"\x80\x9f\xa0\xff\\n"\n')
+}
+
+control_bytes() { # [COMMAND]: the word of each control byte; those with a letter are left out
+    local b
+    for b in {0..8} 11 12 {14..31} 127; do
+        printf '%s"\\x%02x"\n' "${1:+$1 }" "$b"
+    done
+}
+
+every_byte() { # FORMAT: prints it with each number from 0 to 255
+    local b
+    for ((b = 0; b < 256; b++)); do
+        # shellcheck disable=SC2059  # a format is what this is about
+        printf "$1" "$b"
+    done
+}
+
+@test "a quoted reply, sent back as a word, is the same bytes, for all 256 byte values" {
+    start_kv
+    (quickly every_byte '"\\"\\x%02xn"\n') >"$tmp/words"
+    sed 's/^/ECHO /' "$tmp/words" | talk >"$tmp/quoted"
+    (($(grep -c '^".*"$' "$tmp/quoted") == 256 && $(sort -u "$tmp/quoted" | wc -l) == 256))
+    sed 's/.*/SET & x/' "$tmp/words" | talk | uniq | is OK
+    sed 's/^/DEL /' "$tmp/quoted" | talk | uniq -c | is_like ' *256 1'
+}
+
+@test "printf %b decodes a quoted value, for all 256 byte values" {
+    start_kv
+    (quickly every_byte 'ECHO "\\"\\x%02xn"\n') | talk | (quickly decode) >"$tmp/decoded"
+    (quickly every_byte '"\\x22\\x%02xn"\n') | (quickly decode) | cmp - "$tmp/decoded"
+    [[ $(od -An -tx1 -N 12 "$tmp/decoded") = ' 22 00 6e 0a 22 01 6e 0a 22 02 6e 0a' ]]
+}
+
+@test "a value of all 256 byte values keeps its bytes" {
+    start_kv
+    all=$(quickly every_byte '\\x%02x')
+    ask "SET k \"$all$all\"" 'GET k' >"$tmp/out"
+    tail -n 1 "$tmp/out" | (quickly decode) | cmp - <(printf '%b\n' "$all$all")
+}
+
+@test "each line of KEYS is a word that can be sent back, for all 256 byte values" {
+    start_kv
+    (quickly every_byte '\\x%02x\n') >"$tmp/bytes"
+    for shape in '"&"' '"a&b"' '"a&"' '"&a"' '" &"' '"& "' "\"'&\"" '"\\x22&"' '"\\x5c&"' '"(&"' '"#&"'; do
+        sed "s/.*/$shape/" "$tmp/bytes"
+    done >"$tmp/words"
+    # A key stands for itself, so that GET shows whether a word names the right one.
+    paste -d ' ' <(yes SET | head -n 2816) "$tmp/words" "$tmp/words" | talk | sort -u | is OK
+    ask KEYS >"$tmp/keys"
+    count=$(ask DBSIZE)
+    ((count == 11 * 256 - 14)) # 14 come from two shapes
+    tail -n 1 "$tmp/keys" | is "($count keys)"
+    head -n -1 "$tmp/keys" >"$tmp/words"
+    (($(sort -u "$tmp/words" | wc -l) == count))
+    sed 's/^/GET /' "$tmp/words" | talk >"$tmp/values"
+    sed 's/^/ECHO /' "$tmp/words" | talk | cmp - "$tmp/values"
+    sed 's/^/DEL /' "$tmp/words" | talk | sort -u | is 1
+    ask KEYS | is '(0 keys)'
+}
+
+@test "KEYS quotes a key that holds a blank or starts with a single quote, GET does not" {
+    start_kv
+    ask "SET 'a b' 'a b'" "SET \"'c\" \"'c\"" 'SET d\e d\e' "SET don't x" | sort -u | is OK
+    ask KEYS | sort | is "\"'c\"" '"a b"' '(4 keys)' 'd\e' "don't"
+    ask 'GET "a b"' "GET \"'c\"" | is 'a b' "'c"
+}
+
+@test "a long reply ends in a line that counts, in the singular for one" {
+    start_kv
+    ask KEYS 'SET a 1' KEYS 'SET b 2' 'KEYS a' 'SET c 3' | is '(0 keys)' OK a '(1 key)' OK a '(1 key)' OK
+    ask KEYS | tail -n 1 | is '(3 keys)'
+    ask INFO >"$tmp/info"
+    tail -n 1 "$tmp/info" | is "($(($(wc -l <"$tmp/info") - 1)) fields)"
+    not grep -Ev '^([a-z_]+:[^ ]+|\([0-9]+ fields\))$' "$tmp/info"
+}
+
+@test "what an error repeats is quoted and cut at 64 bytes" {
+    start_kv
+    word=$(printf 'a%.0s' {1..65}) zeros=$(printf '\\x00%.0s' {1..65})
+    cut='\(error\) ERR .*[^a]a{64}[^a].*'
+    ask "$word" "SET k v $word" "HELP $word" | 
+        is_like "$cut" "$cut" "$cut"
+    ask "\"$zeros\"" >"$tmp/out"
+    is_like '\(error\) ERR .*"(\\x00){64}"[^\\].*' <"$tmp/out"
+    ask "'no such'" "\"'nosuch\"" '"(nosuch"' "''" | is_like '.*"no such".*' ".*\"'nosuch\".*" \
+        '.*"\(nosuch".*' '.*"".*'
+}
+
+@test "no client can write a line of its own into a reply" {
+    start_kv
+    for lie in '\nOK' '\r\nOK\r\n' 'x\r\n(0 keys)' '\x1b[2J' '\x00\n'; do
+        ask "\"$lie\"" "SET k v \"$lie\"" "SET k v EX \"$lie\"" "GET k \"$lie\"" "HELP \"$lie\"" \
+            "EXPIRE k 1 \"$lie\"" "INCRBY k \"$lie\"" "FLUSHALL \"$lie\"" "ECHO \"$lie\"" >"$tmp/out"
+        (($(wc -l <"$tmp/out") == 9 && $(grep -c '^(error)' "$tmp/out") == 8))
+        not grep '[^[:print:]]' "$tmp/out"
+    done
+}
+
+# ==========================================================================================
+# Pipelining and packets
+# ==========================================================================================
+
+@test "the replies to requests that arrive together go out in one send" {
+    command -v strace >/dev/null || skip "strace is missing: make deps installs it"
+    start_kv
+    connect
+    answers "$c" PING PONG
+    background strace -f -p "$pid" -e trace=sendto -o "$tmp/trace" 2>"$tmp/err"
+    tracer=$!
+    wait_until grep -Eq 'attached|ptrace' "$tmp/err"
+    if not grep -q attached "$tmp/err"; then skip "strace may not trace here"; fi
+    send_packet "$c" 'INCR n\n%.0s' {1..90}
+    for ((i = 1; i <= 90; i++)); do receive "$c" && ((line == i)); done
+    kill -INT "$tracer"
+    wait_until gone "$tracer"
+    grep sendto "$tmp/trace" | is_like '.*sendto\(.*, 261, .*\) = 261'
+}
+
+@test "a client that takes no replies makes the server wait, within bounded memory" {
+    start_kv
+    ask "SET k $(x 1000)" | is OK
+    connect
+    flood "$c" 'GET k' 150000
+    takes_less VmHWM 12000
+    (($(info total_commands_processed) < 75000))
+    head -n 150000 <&"$c" | uniq -c | is_like ' *150000 x{1000}'
+    takes_less VmHWM 12000
+}
+
+@test "while one client takes no replies, the others do not wait" {
+    start_kv -s 1
+    ask "SET k $(x 1000)" | is OK
+    connect
+    flood "$c" 'GET k' 100000
+    connect
+    start=$(now_ms)
+    for ((i = 1; i <= 100; i++)); do answers "$c" 'INCR n' "$i"; done
+    (($(now_ms) - start < 2000))
+}
+
+@test "a reply of many megabytes arrives whole" {
+    start_kv
+    seq -f 'SET a-rather-long-key-to-have-many-bytes-%.0f x' 100000 | talk | sort -u | is OK
+    ask KEYS KEYS PING >"$tmp/out"
+    (($(wc -l <"$tmp/out") == 200003))
+    tail -n 2 "$tmp/out" | is '(100000 keys)' PONG
+}
+
+# ==========================================================================================
+# Commands
+# ==========================================================================================
+
+@test "PING answers PONG, or its message" {
+    start_kv
+    ask PING 'PING "a b"' 'PING "\n"' | is PONG 'a b' '"\n"'
+}
+
+@test "ECHO repeats its message" {
+    start_kv
+    ask 'ECHO x' 'ECHO ""' | is x '""'
+}
+
+@test "QUIT answers OK and closes; what stands behind it is not run" {
+    start_kv
+    connect
+    send_packet "$c" 'SET a 1\nQUIT\nSET a 2\n'
+    receive "$c" && receive "$c" && [[ $line = OK ]]
+    closed "$c"
+    ask 'GET a' | is 1
+}
+
+@test "SET stores, GET looks up, also over what was there" {
+    start_kv
+    ask 'GET a' 'SET a 1' 'GET a' 'SET a 22222' 'GET a' 'SET a ""' 'GET a' 'GET A' |
+        is '(nil)' OK 1 OK 22222 OK '""' '(nil)'
+}
+
+@test "SET NX stores only a new key, SET XX only one that is there" {
+    start_kv
+    ask 'SET a 1 XX' 'GET a' 'SET a 1 NX' 'SET a 2 NX' 'GET a' 'SET a 3 xx' 'GET a' |
+        is '(nil)' '(nil)' OK '(nil)' 1 OK 3
+    ask 'SET a x NX EX 100' 'TTL a' 'SET a x NX KEEPTTL' 'GET a' | is '(nil)' -1 '(nil)' 3
+}
+
+@test "SET takes EX, PX, EXAT, PXAT or KEEPTTL, with NX or XX before or behind" {
+    start_kv
+    now=$(date +%s)
+    for options in 'EX 100' 'px 100000' "EXAT $((now + 100))" "PXAT $((now + 100))000" \
+        'EX 100 XX' 'XX PX 100000' "XX EXAT $((now + 100))"; do
+        ask 'SET a 1' "SET a 2 $options" 'GET a' 'TTL a' | is_like OK OK 2 '(9[0-9]|100)'
+        ask 'SET a 3 KEEPTTL' 'TTL a' 'SET a 3 XX keepttl' 'TTL a' 'SET a 4' 'TTL a' 'GET a' |
+            is_like OK '(9[0-9]|100)' OK '(9[0-9]|100)' OK -1 4
+    done
+    ask 'SET b 1 NX EX 100' 'TTL b' 'SET c 1 EX 100 NX' 'TTL c' 'SET d 1 KEEPTTL' 'TTL d' |
+        is_like OK '(9[0-9]|100)' OK '(9[0-9]|100)' OK -1
+}
+
+@test "SET options that contradict each other, lack their number or are unknown change nothing" {
+    start_kv
+    ask 'SET a old EX 100' | is OK
+    for options in 'NX XX' 'XX NX' EX 'NX EX' 'EX 1 PX 1' 'EX 1 KEEPTTL' 'KEEPTTL EX 1' \
+        'EXAT 1 PX 1' 'PXAT 1 EXAT 1' FOO 'EX 5 FOO' GET PERSIST '""' 'EXX 5' E; do
+        ask "SET a new $options" | is_like '\(error\) ERR syntax error.*'
+    done
+    for number in x '""' 1.5 ' ' +1 01 1x 99999999999999999999; do
+        ask "SET a new EX '$number'" |
+            is_like '\(error\) ERR value is not an integer or out of range'
+    done
+    ask 'GET a' 'TTL a' | is_like old '(9[0-9]|100)'
+}
+
+@test "SET refuses a time that is zero, negative or overflows, and changes nothing" {
+    start_kv
+    ask 'SET a old' | is OK
+    for options in 'EX 0' 'EX -1' 'PX 0' 'PX -1' 'EXAT 0' 'EXAT -1' 'PXAT 0' 'PXAT -1' \
+        'EX 9223372036854775807' 'PX 9223372036854775807' 'EXAT 9223372036854775807' \
+        'EX 9223372036854775' 'EXAT 9223372036854776' 'EX -9223372036854775808' 'NX EX 0'; do
+        ask "SET a new $options" | grep -ixE "\(error\) ERR invalid expire time in 'set' command"
+    done
+    ask 'GET a' 'TTL a' 'SET a b PXAT 9223372036854775807' 'GET a' | is old -1 OK b
+}
+
+@test "DEL removes all its keys and counts those that were there" {
+    start_kv
+    ask 'SET a 1' 'SET b 2' 'SET c 3' 'DEL a b nosuch a' 'DEL a' 'GET b' 'GET c' DBSIZE |
+        is OK OK OK 2 0 '(nil)' 3 1
+}
+
+@test "EXISTS counts its keys, one that is named twice twice" {
+    start_kv
+    ask 'SET a 1' 'SET b 2' 'EXISTS a' 'EXISTS a b nosuch a' 'EXISTS nosuch' | is OK OK 1 3 0
+}
+
+@test "INCR, DECR, INCRBY and DECRBY count, from 0 where there is no key" {
+    start_kv
+    ask 'INCR a' 'INCR a' 'DECR a' 'INCRBY a 40' 'DECRBY a 2' 'GET a' 'INCRBY a -40' 'DECRBY a -5' |
+        is 1 2 1 41 39 39 -1 4
+    ask 'DECR b' 'INCRBY c 5' 'DECRBY d 5' 'SET e -7' 'INCR e' | is -1 5 -5 OK -6
+}
+
+@test "INCR counts in 64 bits, and overflow is an error that changes nothing" {
+    start_kv
+    max=9223372036854775807 min=-9223372036854775808
+    overflow='\(error\) ERR increment or decrement would overflow'
+    ask "SET a ${max%7}6" 'INCR a' 'INCR a' 'INCRBY a 1' 'GET a' "INCRBY a $min" "INCRBY a $min" \
+        'GET a' | is_like OK "$max" "$overflow" "$overflow" "$max" -1 "$overflow" -1
+    ask "SET a $min" 'DECR a' 'DECRBY a 1' "INCRBY a $min" 'GET a' 'INCR a' |
+        is_like OK "$overflow" "$overflow" "$overflow" "$min" "${min%8}7"
+    ask 'SET a -1' "DECRBY a $min" 'GET a' | is_like OK '\(error\) ERR decrement would overflow' -1
+    ask "INCRBY a $max" "DECRBY a $max" | is "${max%7}6" -1
+}
+
+@test "INCR takes a value and a number only as it would print them" {
+    start_kv
+    error='\(error\) ERR value is not an integer or out of range'
+    for number in '' x 1x ' 1' '1 ' +1 01 -0 -01 1.0 1e3 0x10 9223372036854775808 \
+        -9223372036854775809 100000000000000000000000000000; do
+        ask "SET a '$number'" 'INCR a' 'DECRBY a 1' "INCRBY b '$number'" 'EXISTS b' |
+            is_like OK "$error" "$error" "$error" 0
+        ask 'GET a' | (quickly decode) | is "$number"
+    done
+    ask 'SET a "1\x00"' 'INCR a' 'SET a "1\n"' 'INCR a' | is_like OK "$error" OK "$error"
+}
+
+@test "INCR keeps the deadline" {
+    start_kv
+    ask 'SET a 1 EX 100' 'INCR a' 'DECRBY a 1000000' 'TTL a' | is_like OK 2 -999998 '(9[0-9]|100)'
+}
+
+@test "KEYS matches * ? [a-z] [^a] and \\x" {
+    start_kv
+    for key in hello hallo hxllo hllo heello 'h*llo' 'h?llo' 'h[llo' h-llo Hello; do
+        echo "SET $key x"
+    done | talk | sort -u | is OK
+    for row in 'h?llo : h*llo h-llo h?llo h[llo hallo hello hxllo' 'h*llo : h*llo h-llo h?llo h[llo hallo heello hello hllo hxllo' \
+        'h[ae]llo : hallo hello' 'h[^ae]llo : h*llo h-llo h?llo h[llo hxllo' 'h[a-e]llo : hallo hello' \
+        'h[e-a]llo : hallo hello' 'h[^a-z]llo : h*llo h-llo h?llo h[llo' 'h\*llo : h*llo' 'h\?llo : h?llo' \
+        'h[*]llo : h*llo' 'h\[llo : h[llo' 'h[\[]llo : h[llo' 'h[a\-x]llo : h-llo hallo hxllo' \
+        'hello : hello' 'hell :' 'ello :' '*[E-I]ello : Hello' '**e**o** : Hello heello hello' \
+        '?ello : Hello hello' '* : Hello h*llo h-llo h?llo h[llo hallo heello hello hllo hxllo' \
+        'hel\lo : hello' 'h??llo : heello' '*x :'; do
+        read -r -a expected <<<"${row#*:}"
+        echo "pattern ${row%% :*}"
+        ask "KEYS ${row%% :*}" | head -n -1 | sort | is "${expected[@]}"
+    done
+    (($(ask KEYS | wc -l) == 11))
+}
+
+@test "KEYS counts what it lists, patterns match bytes, and an empty pattern an empty key" {
+    start_kv
+    ask 'SET "" 1' 'SET "a\nb" 2' 'SET "\xff" 3' | sort -u | is OK
+    ask 'KEYS ""' 'KEYS "a\nb"' 'KEYS a?b' 'KEYS [^a]' 'KEYS ?' |
+        is '""' '(1 key)' '"a\nb"' '(1 key)' '"a\nb"' '(1 key)' $'\xff' '(1 key)' $'\xff' '(1 key)'
+}
+
+@test "KEYS with many stars is not exponential" {
+    start_kv
+    ask "SET $(printf 'a%.0s' {1..5000}) 1" | is OK
+    ask "KEYS $(printf 'a*%.0s' {1..60})b" "KEYS $(printf '*a%.0s' {1..60})" >"$tmp/out"
+    head -n 1 "$tmp/out" | is '(0 keys)'
+    tail -n 1 "$tmp/out" | is '(1 key)'
+}
+
+@test "EXPIRE, PEXPIRE, EXPIREAT and PEXPIREAT set a deadline, TTL and PTTL tell it" {
+    start_kv
+    now=$(date +%s)
+    for request in 'EXPIRE a 100' 'PEXPIRE a 100000' "EXPIREAT a $((now + 100))" \
+        "PEXPIREAT a $((now + 100))000" 'expire a 100'; do
+        ask 'SET a 1' 'TTL a' 'PTTL a' "$request" 'TTL a' 'PTTL a' 'GET a' "$request" |
+            is_like OK -1 -1 1 '(9[0-9]|100)' '(9[0-9]{4}|100000)' 1 1
+        ask "${request/ a / nosuch }" 'TTL nosuch' 'PTTL nosuch' | is 0 -2 -2
+    done
+}
+
+@test "TTL rounds to the nearest second, as Redis does" {
+    start_kv
+    ask 'SET a 1 PX 1900' 'TTL a' 'SET a 1 PX 1499' 'TTL a' 'SET a 1 PX 499' 'TTL a' |
+        is OK 2 OK 1 OK 0
+}
+
+@test "a deadline in the past removes the key" {
+    start_kv
+    for request in 'EXPIRE a 0' 'EXPIRE a -1' 'PEXPIRE a -5' 'EXPIREAT a 1' 'EXPIREAT a 0' \
+        'PEXPIREAT a -1' 'PEXPIRE a -9223372036854775808' 'PEXPIREAT a -9223372036854775808'; do
+        ask 'SET a 1 EX 100' "$request" 'GET a' 'TTL a' DBSIZE | is OK 1 '(nil)' -2 0
+    done
+    ask 'SET a 1' 'SET a 2 EXAT 1' 'GET a' 'SET b 2 PXAT 1' DBSIZE | is OK OK '(nil)' OK 0
+    info_is expires 0
+}
+
+@test "a deadline that is no number or overflows is an error, and changes nothing" {
+    start_kv
+    ask 'SET a 1 EX 100' | is OK
+    for number in x '""' 1.5 01 99999999999999999999; do
+        for name in EXPIRE PEXPIRE EXPIREAT PEXPIREAT; do
+            ask "$name a $number" | is_like '\(error\) ERR value is not an integer or out of range'
+        done
+    done
+    for request in 'EXPIRE a 9223372036854775807' 'EXPIRE a 9223372036854775' \
+        'PEXPIRE a 9223372036854775807' 'EXPIREAT a 9223372036854776' \
+        'EXPIRE a -9223372036854775808'; do
+        ask "$request" | is_like "\(error\) ERR invalid expire time in '.*' command"
+    done
+    ask 'EXPIRE a 100 NX' 'EXPIRE a 100 FOO' |
+        is_like '\(error\) ERR Unsupported option NX' '\(error\) ERR Unsupported option FOO'
+    ask 'GET a' 'TTL a' 'PEXPIREAT a 9223372036854775807' 'GET a' | is_like 1 '(9[0-9]|100)' 1 1
+}
+
+@test "PERSIST takes the deadline away" {
+    start_kv
+    ask 'SET a 1 EX 100' 'PERSIST a' 'TTL a' 'PERSIST a' 'PERSIST nosuch' 'GET a' | is OK 1 -1 0 0 1
+}
+
+@test "DBSIZE counts the keys, FLUSHALL and FLUSHDB remove them all" {
+    start_kv
+    for request in FLUSHALL FLUSHDB; do
+        seq -f 'SET k%.0f x EX 100' 1000 | talk | sort -u | is OK
+        ask DBSIZE "$request" DBSIZE KEYS 'GET k1' "$request" 'SET a 1' 'GET a' 'DEL a' |
+            is 1000 OK 0 '(0 keys)' '(nil)' OK OK 1 1
+        info_is expires 0
+    done
+    ask 'SET a 1' 'FLUSHALL NOW' 'FLUSHDB NOW' DBSIZE | is_like OK '\(error\) ERR syntax.*' '\(error\) ERR syntax.*' 1
+}
+
+@test "INFO tells what there is: keys, deadlines, memory, clients, commands" {
+    start_kv -c 77 -m 3
+    before=$(info total_commands_processed)
+    ask 'SET a 1' 'SET b 2 EX 100' 'SET c 3 PX 100000' 'GET a' 'GET nosuch' >/dev/null
+    connect
+    answers "$c" PING PONG
+    for field in keys:3 expires:2 connected_clients:2 maxclients:77 maxmemory:3145728 \
+        expired_keys:0; do ask INFO | grep -x "$field"; done
+    (($(info used_memory) > 0 && $(info total_commands_processed) > before + 6))
+}
+
+# ==========================================================================================
+# Memory and growth
+# ==========================================================================================
+
+@test "200,000 keys are all found again" {
+    start_kv
+    paste -d '' <(seq -f 'SET k%.0f ' 200000) <(seq -f 'v%.0f' 200000) | talk | uniq -c |
+        is_like ' *200000 OK'
+    seq -f 'GET k%.0f' 200000 | talk | cmp - <(seq -f 'v%.0f' 200000)
+    ask DBSIZE | is 200000
+    seq -f 'DEL k%.0f' 2 2 200000 | talk | uniq -c | is_like ' *100000 1'
+    seq -f 'GET k%.0f' 200000 | talk | grep -v nil | cmp - <(seq -f 'v%.0f' 1 2 200000)
+    ask KEYS | head -n -1 | sort | cmp - <(seq -f 'k%.0f' 1 2 200000 | sort)
+}
+
+@test "one shard works, and so do 4096" {
+    for shards in 1 4096; do
+        start_kv -s "$shards"
+        seq -f 'SET k%.0f x EX 100' 20000 | talk | uniq | is OK
+        seq -f 'INCR n%.0f' 20000 | talk | uniq | is 1
+        ask DBSIZE 'DEL k1 k2 n3 k1' 'EXISTS k2 k3 n4' | is 40000 3 2
+        ask 'KEYS k*' | head -n -1 | sort | cmp - <(seq -f 'k%.0f' 3 20000 | sort)
+        # ThreadSanitizer cannot hold so many locks.
+        if [[ $sanitized != tsan || $shards = 1 ]]; then ask FLUSHALL DBSIZE | is OK 0; fi
+        stop_kv
+    done
+}
+
+@test "KEYS sees each key exactly once while the table grows and shrinks" {
+    start_kv -s 1
+    # With long names a walk through the table pauses at any place.
+    seq -f 'SET base:%.0f x' 20 | talk | uniq | is OK
+    {
+        seq -f "SET more:%.0f:$(x 8000) x" 500
+        seq -f "DEL more:%.0f:$(x 8000)" 500
+    } >"$tmp/in"
+    until [[ -e $tmp/done ]]; do cat "$tmp/in"; done | talk >"$tmp/out" &
+    writer=$!
+    wait_until [ -s "$tmp/out" ]
+    yes 'KEYS base:*' | head -n 2000 | talk | sort | uniq -c >"$tmp/seen"
+    : >"$tmp/done"
+    wait "$writer"
+    grep -F ' (20 keys)' "$tmp/seen"
+    (($(wc -l <"$tmp/seen") == 21))
+    not grep -v '^ *2000 ' "$tmp/seen"
+}
+
+@test "overwriting a value with a longer or shorter one keeps the books" {
+    start_kv
+    ask 'SET a 1' | is OK
+    empty=$(info used_memory)
+    for size in 10 1000 100000 500 0 1; do
+        ask "SET a '$(x "$size")'" | is OK
+        (($(info used_memory) == empty + size - 1))
+    done
+    ask 'DEL a' | is 1
+    (($(info used_memory) < empty))
+}
+
+@test "FLUSHALL gives memory back" {
+    start_kv
+    ask PING | is PONG
+    before=$(process_kb VmRSS)
+    value=$(x 500)
+    seq -f "SET k%.0f $value" 100000 | talk | uniq | is OK
+    (($(info used_memory) > 100000 * 500))
+    ask FLUSHALL | is OK
+    info_is used_memory 0
+    patience=5 wait_until takes_less VmRSS $((before + 15000))
+}
+
+@test "FLUSHALL gives the memory of small entries back" {
+    start_kv
+    ask PING | is PONG
+    before=$(process_kb VmRSS)
+    seq -f 'SET k%.0f x' 300000 | talk | uniq | is OK
+    ask FLUSHALL | is OK
+    patience=5 wait_until takes_less VmRSS $((before + 5000))
+}
+
+# ==========================================================================================
+# Expiry
+# ==========================================================================================
+
+@test "a key past its deadline is gone at once, for every command" {
+    start_kv
+    connect
+    while read -r request; do
+        answers "$c" 'SET k 5 PX 3' OK
+        sleep 0.004
+        answers "$c" "${request%% = *}" "${request##* = }"
+        answers "$c" 'DEL k' "$([[ $request = INCR* || $request = SET*NX* ]] && echo 1 || echo 0)"
+    done <<'END'
+GET k = (nil)
+EXISTS k = 0
+EXISTS k k = 0
+DEL k = 0
+INCR k = 1
+SET k 1 NX = OK
+SET k 1 XX = (nil)
+TTL k = -2
+PTTL k = -2
+PERSIST k = 0
+EXPIRE k 100 = 0
+KEYS k = (0 keys)
+KEYS = (0 keys)
+GET k = (nil)
+GET k = (nil)
+GET k = (nil)
+GET k = (nil)
+GET k = (nil)
+END
+}
+
+@test "a key does not expire before its deadline" {
+    start_kv
+    ask 'SET a 1 PX 900' 'SET b 2' 'PEXPIRE b 900' | is OK OK 1
+    start=$(now_ms)
+    while ask 'GET a' 'GET b' >"$tmp/out" && (($(now_ms) - start < 700)); do
+        is 1 2 <"$tmp/out"
+    done
+    wait_until info_is expired_keys 2
+}
+
+@test "expired keys are removed within a second, without anybody looking" {
+    start_kv
+    seq -f 'SET k%.0f x PX 300' 10000 | talk | uniq | is OK
+    ask 'SET stays 1' | is OK
+    full=$(info used_memory) start=$(now_ms)
+    wait_until info_is expired_keys 10000
+    (($(now_ms) - start < 300 + 1000 + 700)) # the last is for a busy machine
+    (($(info used_memory) < full / 10))
+    ask DBSIZE 'GET stays' | is 1 1
+    info_is expires 0
+}
+
+@test "mass expiry gives memory back, of large and of small entries" {
+    start_kv
+    ask PING | is PONG
+    before=$(process_kb VmRSS)
+    {
+        seq -f "SET k%.0f $(x 500) PX 1500" 100000
+        seq -f 'SET s%.0f x PX 1500' 200000
+    } | talk | uniq | is OK
+    wait_until info_is keys 0
+    (($(info used_memory) < 1000000))
+    patience=5 wait_until takes_less VmRSS $((before + 15000))
+}
+
+@test "a deadline that was taken away, moved or replaced leaves nothing behind" {
+    start_kv
+    ask 'SET a 1 PX 300' 'SET a 2' 'SET b 1 PX 300' 'PERSIST b' 'SET c 1 PX 300' 'EXPIRE c 100' |
+        is OK OK OK 1 OK 1
+    ask 'SET d 1 PX 300' 'DEL d' 'SET d 2' 'SET e 1 PX 300' 'SET e 2 EX 100' 'SET f 1 PX 300' \
+        'SET f 2 KEEPTTL' 'SET g 5 PX 300' 'INCR g' | is OK 1 OK OK OK OK OK OK 6
+    info_is expires 4
+    wait_until info_is expired_keys 2
+    ask 'GET a' 'GET b' 'GET c' 'GET d' 'GET e' 'GET f' 'GET g' | is 2 1 1 2 2 '(nil)' '(nil)'
+    info_is expires 2
+    ask 'DEL c' 'PERSIST e' | is 1 1
+    info_is expires 0
+    yes 'EXPIRE a 100' | head -n 1000 | talk | uniq | is 1
+    info_is expires 1
+    ask FLUSHALL | is OK
+    info_is expires 0
+}
+
+@test "of thousands of deadlines in random order, changed at random, each is kept" {
+    start_kv -s 1
+    seq 4000 | shuf >"$tmp/order"
+    (quickly deadlines) >"$tmp/in"
+    talk <"$tmp/in" | sort | uniq -c | is_like ' *4000 1' ' *4000 OK'
+    shuf -n 500 -i 1-2000 >"$tmp/gone"
+    sed 's/^/DEL k/' "$tmp/gone" | talk | uniq -c | is_like ' *500 1'
+    wait_until info_is expired_keys 2000
+    ask KEYS | head -n -1 | sort >"$tmp/keys"
+    seq 2000 | grep -vxf "$tmp/gone" | sed 's/^/k/' | sort | cmp - "$tmp/keys"
+    info_is expires 1500
+}
+
+# At first odd keys are to live on, then 1 to 2000; all others expire, in any order.
+deadlines() {
+    local k
+    while read -r k; do
+        echo "SET k$k $k PX $((k % 2 ? 900000 + k : 1000 + k * 7 % 400))"
+    done <"$tmp/order"
+    shuf "$tmp/order" | while read -r k; do
+        echo "PEXPIRE k$k $((k <= 2000 ? 900000 - k : 1000 + k * 13 % 400))"
+    done
+}
+
+@test "100,000 far deadlines cost an idle server next to nothing" {
+    start_kv
+    seq -f 'SET k%.0f x EX 100000' 100000 | talk | uniq | is OK
+    before=$(cpu_ticks)
+    sleep 2
+    (($(cpu_ticks) - before <= (${#sanitized} ? 40 : 6)))
+}
+
+@test "100,000 keys that expire in one second do not hold up another client" {
+    start_kv -s 1
+    for try in 1 2 3; do # a busy machine may hold up anybody, but not three times
+        longest=0
+        seq -f 'SET k%.0f x PX 1500' 100000 | talk | uniq | is OK
+        connect
+        longest=$(quickly slowest_get 2000 "$c")
+        echo "try $try: the slowest GET took $longest us"
+        wait_until info_is expired_keys $((try * 100000))
+        if ((longest < (${#sanitized} ? 100000 : 10000))); then return 0; fi
+    done
+    false
+}
+
+slowest_get() { # MS FD: asks for that long, prints the longest time that a GET took, in us
+    local start now last worst=0
+    start=${EPOCHREALTIME/./} now=$start
+    while ((now - start < $1 * 1000)); do
+        echo 'GET a' >&"$2" && receive "$2"
+        last=$now now=${EPOCHREALTIME/./}
+        if ((now - last > worst)); then worst=$((now - last)); fi
+    done
+    echo "$worst"
+}
+
+# ==========================================================================================
+# Many connections
+# ==========================================================================================
+
+# COUNT clients connect and then send the same file together; their replies are in
+# $tmp/replies.N.
+swarm() { # COUNT FILE
+    local i pids=()
+    rm -f "$tmp/go"
+    for ((i = 0; i < $1; i++)); do
+        { until [[ -e $tmp/go ]]; do sleep 0.02; done && cat "$2"; } |
+            talk >"$tmp/replies.$i" &
+        pids+=("$!")
+    done
+    wait_until clients_are $(($1 + 1))
+    : >"$tmp/go"
+    wait "${pids[@]}"
+}
+
+clients_are() { (($(info connected_clients) >= $1)); } # COUNT
+
+@test "100 connections that INCR one key 1,000 times each make exactly 100,000" {
+    start_kv
+    yes 'INCR n' | head -n 1000 >"$tmp/in"
+    (quickly swarm 100 "$tmp/in")
+    ask 'GET n' | is 100000
+    sort -n "$tmp"/replies.* | cmp - <(seq 100000)
+    for file in "$tmp"/replies.*; do sort -nc "$file"; done
+}
+
+@test "of 50 connections that SET NX the same keys, each key has one winner" {
+    start_kv
+    seq -f 'SET lock:%.0f mine NX' 3000 >"$tmp/in"
+    (quickly swarm 50 "$tmp/in")
+    cat "$tmp"/replies.* | sort | uniq -c | is_like ' *147000 \(nil\)' ' *3000 OK'
+}
+
+@test "of 50 connections that SET NX and DEL one key, each win is undone once" {
+    start_kv
+    yes $'SET lock mine NX\nDEL lock' | head -n 10000 >"$tmp/in"
+    (quickly swarm 50 "$tmp/in")
+    wins=$(cat "$tmp"/replies.* | grep -c OK) undone=$(cat "$tmp"/replies.* | grep -cx 1)
+    echo "$wins won, $undone undone"
+    ((wins > 1000 && wins == undone + $(ask 'EXISTS lock')))
+}
+
+@test "of 50 connections that DEL the same keys, each key is counted once" {
+    start_kv
+    seq -f 'SET k%.0f x' 8000 | talk | uniq | is OK
+    seq -f 'k%.0f' 8000 | paste -d ' ' - - - - | sed 's/^/DEL /' >"$tmp/in"
+    (quickly swarm 50 "$tmp/in")
+    (($(cat "$tmp"/replies.* | paste -s -d +) == 8000))
+    ask DBSIZE | is 0
+}
+
+@test "values that many connections overwrite are never torn" {
+    start_kv
+    for letter in a b; do
+        for size in 10 3000; do x "$size" | tr x "$letter" && echo; done
+    done | sort >"$tmp/values"
+    sed 's/.*/SET k &\nGET k/' "$tmp/values" >"$tmp/once"
+    for i in {1..100}; do cat "$tmp/once"; done >"$tmp/in"
+    (quickly swarm 20 "$tmp/in")
+    cat "$tmp"/replies.* | grep -vx OK | sort >"$tmp/seen"
+    (($(wc -l <"$tmp/seen") == 20 * 400))
+    comm -13 "$tmp/values" <(uniq "$tmp/seen") | is
+}
+
+@test "KEYS shows no garbage while others write, delete, expire and flush" {
+    start_kv -s 4
+    for i in {1..400}; do
+        echo "SET key:$i $i" && echo "SET key:$((i + 400)) x PX 1" && echo "DEL key:$i" &&
+            echo "INCR key:$((i + 800))"
+        if ((i % 100 == 0)); then echo FLUSHALL; fi
+    done >"$tmp/once"
+    cat "$tmp"/once{,,,,,,,,,} >"$tmp/in"
+    (quickly swarm 20 "$tmp/in") &
+    writers=$! rounds=0
+    while kill -0 "$writers" 2>/dev/null; do
+        ask KEYS >"$tmp/keys"
+        count=$(($(wc -l <"$tmp/keys") - 1)) plural=s
+        if ((count == 1)); then plural=''; fi
+        tail -n 1 "$tmp/keys" | is "($count key$plural)"
+        not grep -Evx 'key:[0-9]{1,4}|\([0-9]+ keys?\)' "$tmp/keys"
+        head -n -1 "$tmp/keys" | sort | uniq -d | is
+        ((++rounds))
+    done
+    wait "$writers"
+    ((rounds > 1))
+}
+
+# A process of its own that opens COUNT connections, says so, waits for the file "go", asks
+# on each for PONG, says so, and keeps them until it is killed.
+holder='ulimit -S -n "$(ulimit -H -n)"
+    for ((i = 0; i < $2; i++)); do
+        exec {fd}<>"/dev/tcp/127.0.0.1/$1" || exit 1
+        fds+=("$fd")
+    done
+    echo open
+    until [[ -e $3 ]]; do sleep 0.1; done
+    for fd in "${fds[@]}"; do
+        echo PING >&"$fd"
+        IFS= read -r -u "$fd" line || exit 1
+        [[ $line = PONG ]] || exit 1
+    done
+    echo answered
+    sleep 1000'
+
+all_say() { # WORD: whether each holder has said that
+    ! grep -L -x "$1" "$tmp"/holder.* | grep -q .
+}
+
+@test "10,000 open connections, default settings: each is answered and costs at most 16 KiB" {
+    count=$connections most=$(($(ulimit -H -n) - 100))
+    if ((count > most)); then
+        count=$most
+        echo "# only $count connections, for ulimit -Hn is $(ulimit -H -n)" >&3
+    fi
+    start_kv
+    ask PING | is PONG
+    before=$(process_kb VmRSS)
+    left=$((count - 1)) # one of them asks INFO
+    for ((i = 0; left > 0; i++)); do
+        background bash -c "$holder" - "$port" $((left < 900 ? left : 900)) "$tmp/go" \
+            >"$tmp/holder.$i"
+        left=$((left - 900))
+    done
+    wait_until all_say open
+    info_is connected_clients "$count"
+    # Sanitizers need much more.
+    [[ $sanitized ]] || (($(process_kb VmRSS) - before <= 16 * count))
+    : >"$tmp/go"
+    wait_until all_say answered
+    [[ $sanitized ]] || (($(process_kb VmRSS) - before <= 16 * count))
+    ((count < 10000)) || ask PING | is PONG
+    kill -9 "${helpers[@]}"
+    wait_until info_is connected_clients 1
+}
+
+@test "with -c 10 the 11th client is told so, the others are served, and one that leaves makes room" {
+    start_kv -c 10
+    for i in {1..10}; do connect && answers "$c" PING PONG; done
+    last=$c
+    for i in {1..5}; do
+        connect
+        rest "$c" | cmp - <(printf -- '-ERR max number of clients reached\r\n')
+    done
+    answers "$last" PING PONG
+    printf 'QUIT\n' >&"$last"
+    receive "$last" && closed "$last"
+    disconnect "$last"
+    wait_until ping
+    (($(grep -c 'refused' "$log") <= SECONDS + 1))
+}
+
+# ==========================================================================================
+# Limits and abuse
+# ==========================================================================================
+
+@test "keys and values of one megabyte are kept, also when every byte is an escape" {
+    start_kv
+    key=$(x 1048575)
+    ask "SET k$key v$key" "GET k$key" 'KEYS k*' "INCR k" "DEL k$key" DBSIZE |
+        cmp - <(printf 'OK\nv%s\nk%s\n(1 key)\n1\n1\n1\n' "$key" "$key")
+    { printf 'SET k "' && yes '\x80\x00' | head -n 524288 | tr -d '\n' && printf '"\nGET k\n'; } |
+        talk >"$tmp/out"
+    (($(wc -c <"$tmp/out") == 3 + 524288 * 5 + 3))
+}
+
+@test "a word over --max-value is refused once, and later requests work" {
+    start_kv
+    { printf 'SET k ' && x 1048577 && printf '\nEXISTS k\nGET "' && x 1048577 && printf '"\nPING\n'; } |
+        talk | is_like '\(error\) ERR .*too long' 0 '\(error\) ERR .*too long' PONG
+    { printf 'SET k ' && x 1048576 && printf '\nEXISTS k\n'; } | talk | is OK 1
+    stop_kv
+    start_kv --max-value 10
+    ask 'SET k 01234567890' 'SET k "0123456789\n"' 'SET 01234567890 v' 'SET k "\x001234567\n9"' DBSIZE |
+        is_like '\(error\) ERR .*too long' '\(error\) ERR .*too long' '\(error\) ERR .*too long' OK 1
+}
+
+@test "a line over 4 x --max-value + 64 KiB is refused once, and later requests work" {
+    start_kv --max-value 100
+    limit=$((400 + 65536))
+    # Blanks count; neither LF nor CRLF does.
+    for end in '\n' '\r\n'; do
+        printf "PING%$((limit - 4))s$end" '' | talk | is_like PONG$'\r?'
+        printf "PING%$((limit - 3))s$end" '' | talk | is_like '\(error\) ERR .*too long'$'\r?'
+    done
+    for more in 1 2 1000 65536 200000; do
+        printf "PING%$((limit - 4 + more))s\nECHO x\n" '' | talk | is_like '\(error\) ERR .*too long' x
+    done
+    printf "PING%$((limit * 3))s" '' | talk | is_like '\(error\) ERR .*'
+}
+
+@test "a line of 100 MB is refused once, within bounded memory" {
+    start_kv
+    { x 100000000 && printf '\nPING\n' && x 5000000 && printf '\r\nPING\n'; } | talk |
+        is_like '\(error\) ERR .*too long' PONG '\(error\) ERR .*too long'$'\r' PONG
+    takes_less VmHWM 20000
+}
+
+@test "a request of more than 1,024 words is refused, and later requests work" {
+    start_kv
+    ask "EXISTS $(seq -s ' ' 1023)" "EXISTS $(seq -s ' ' 1024)" "$(seq -s ' ' 5000)" PING |
+        is_like 0 '\(error\) ERR .*too long' '\(error\) ERR .*too long' PONG
+}
+
+@test "a request over 2 x --max-value + 64 KiB decoded is refused, and later requests work" {
+    start_kv --max-value 1000
+    word=$(x 999) # with the blank 1000
+    words() { printf 'EXISTS'; printf " $word%.0s" $(seq "$1"); } # N
+    # 67,536 bytes are allowed: 6, and 999 for each.
+    { words 67 && echo && words 68 && echo && echo PING; } | talk |
+        is_like 0 '\(error\) ERR .*too long' PONG
+    stop_kv
+    start_kv
+    { printf 'SET ' && x 1048576 && printf ' ' && x 1048576 && echo; } | talk | is OK
+    { printf 'EXISTS ' && x 1048576 && printf ' ' && x 1048576 && printf ' ' && x 70000 && echo; } |
+        talk | is_like '\(error\) ERR .*too long'
+}
+
+@test "byte 0xff at the start of a line closes the connection: Ctrl-C in telnet" {
+    start_kv
+    connect
+    send_packet "$c" 'PING\n\xff\xf4\xff\xfd\x06\nSET a 1\n'
+    receive "$c" && [[ $line = PONG ]]
+    closed "$c"
+    connect
+    printf '\xff' >&"$c"
+    closed "$c"
+    printf 'ECHO \xff\n \xff\n' | talk | is_like $'\xff' '\(error\) ERR unknown command.*'
+    ask DBSIZE | is 0
+}
+
+@test "a web browser's POST gets one error, and nothing in it is run" {
+    start_kv
+    connect
+    send_packet "$c" 'POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nSET a 1\r\n'
+    rest "$c" | is_like $'\(error\) ERR .*\r'
+    ask DBSIZE | is 0
+    grep WARN "$log"
+}
+
+@test "a web browser's Host: gets one error, and nothing behind it is run" {
+    start_kv
+    connect
+    send_packet "$c" 'GET / HTTP/1.1\r\nUser-Agent: x\r\nhost: localhost\r\n\r\nSET a 1\r\n'
+    rest "$c" | is_like $'\(error\) ERR wrong number.*\r' $'\(error\) ERR .*User-Agent.*\r' \
+        $'\(error\) ERR .*\r'
+    ask DBSIZE | is 0
+    grep WARN "$log"
+}
+
+@test "--timeout closes a silent client, and not one that keeps asking" {
+    start_kv --timeout 1
+    connect
+    idle=$c
+    connect
+    busy=$c start=$(now_ms)
+    answers "$idle" PING PONG
+    background bash -c 'while read -r -t 20 -u "$1" && sleep 0.2; do echo "INCR n" >&"$1"; done' - "$busy"
+    echo 'INCR n' >&"$busy"
+    closed "$idle"
+    took=$(($(now_ms) - start))
+    ((took >= 990 && took < 6000))
+    (($(ask 'GET n') >= 3))
+    wait_until info_is connected_clients 2
+}
+
+@test "--timeout closes a client that never takes its replies" {
+    start_kv --timeout 1
+    ask "SET k $(x 1000)" | is OK
+    connect
+    flood "$c" 'GET k' 100000
+    wait_until info_is connected_clients 1
+}
+
+@test "without --timeout a silent client is kept" {
+    start_kv
+    connect
+    answers "$c" PING PONG
+    sleep 1.2
+    answers "$c" PING PONG
+}
+
+@test "--max-memory refuses what grows with OOM, while GET and DEL work" {
+    start_kv --max-memory 1
+    value=$(x 100000)
+    for i in {1..15}; do echo "SET k$i $value"; done | talk | uniq -c >"$tmp/out"
+    is_like ' *1[01] OK' ' *[45] \(error\) OOM .+' <"$tmp/out"
+    (($(info used_memory) > 1048576 && $(info used_memory) < 1200000))
+    ask 'INCR n' 'SET k1 x' 'INCRBY n 5' 'EXISTS n' | is_like '\(error\) OOM .*' '\(error\) OOM .*' \
+        '\(error\) OOM .*' 0
+    ask 'GET k1' | is "$value"
+    ask 'DEL k1 k2' 'SET k1 x' 'INCR n' 'EXPIRE n 100' | is 2 OK 1 1
+    ask FLUSHALL "SET k $value" | is OK OK
+}
+
+@test "when there are no descriptors left a client is refused, and later ones are served" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    start_kv
+    connect
+    kept=$c
+    answers "$kept" PING PONG
+    for ((n = 0; ; n++)); do [[ -e /proc/$pid/fd/$n ]] || break; done
+    prlimit --pid "$pid" --nofile="$n:"
+    for i in {1..20}; do
+        connect
+        rest "$c" | is_like $'-ERR .*\r'
+        answers "$kept" PING PONG
+        disconnect "$c"
+    done
+    (($(grep -c refused "$log") <= SECONDS + 1 && $(grep -c refused "$log") >= 1))
+    prlimit --pid "$pid" --nofile=200:
+    wait_until ping
+    answers "$kept" PING PONG
+}
+
+@test "when a thread cannot be made its client is refused, and later ones are served" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    [[ ! $sanitized ]] || skip "sanitizers need the address space"
+    start_kv
+    connect
+    kept=$c
+    answers "$kept" PING PONG
+    prlimit --pid "$pid" --as=$(($(process_kb VmSize) * 1024 + 4096)):
+    for i in {1..5}; do
+        connect
+        rest "$c" | is_like $'-ERR .*\r'
+        answers "$kept" PING PONG
+    done
+    grep refused "$log"
+    prlimit --pid "$pid" --as=unlimited:
+    wait_until ping
+}
+
+@test "a client that disconnects in the middle of a request or of its replies harms nobody" {
+    start_kv
+    ask "SET k $(x 100000)" | is OK
+    for i in {1..20}; do
+        connect
+        send_packet "$c" 'GET k\nGET k\nGET k\nGET k\nGET k\nSET a "b'
+        disconnect "$c"
+    done
+    wait_until info_is connected_clients 1
+    ask PING 'EXISTS a' | is PONG 0
+}
+
+# ==========================================================================================
+# Shutdown
+# ==========================================================================================
+
+@test "SIGTERM and SIGINT end an idle server with status 0 and say so in the log" {
+    for signal in TERM INT; do
+        start_kv
+        connect
+        answers "$c" PING PONG
+        connect
+        stop_kv "$signal"
+        ((status == 0 && took < 5000))
+        is_like '.*listening.*' "${log_lines}stopping.*" "${log_lines}stopped.*" <"$log"
+    done
+}
+
+@test "every request that had arrived before SIGTERM is run and answered, then the end" {
+    start_kv
+    connect
+    old=$c
+    answers "$old" 'INCR n' 1
+    kill -STOP "$pid" # so that all of this arrives before the signal, and nothing is read
+    send_packet "$old" 'INCR n\n%.0s' {1..4000}
+    connect # the kernel accepts, the server does not know yet
+    printf 'ECHO new\n' >&"$c"
+    kill -TERM "$pid"
+    kill -CONT "$pid"
+    rest "$old" | cmp - <(seq 2 4001)
+    rest "$c" | is new
+    stop_kv none
+    ((status == 0))
+}
+
+@test "SIGTERM ends the server within 5 s though clients send on and on; what they got is in order" {
+    start_kv
+    for i in {1..4}; do
+        background bash -c 'yes "INCR $2" | timeout 60 nc 127.0.0.1 "$1"' - "$port" "n$i" >"$tmp/load.$i"
+    done
+    for i in {1..4}; do wait_until [ -s "$tmp/load.$i" ]; done
+    stop_kv
+    ((status == 0 && took < 5000))
+    for i in {1..4}; do # the last line may be cut
+        count=$(wc -l <"$tmp/load.$i")
+        head -n "$count" "$tmp/load.$i" | cmp - <(seq "$count")
+    done
+}
+
+@test "SIGTERM ends the server within 5 s though a client takes no replies, and lets nobody in" {
+    start_kv
+    ask "SET k $(x 1000)" | is OK
+    connect
+    flood "$c" 'GET k' 100000
+    connect
+    start=$(now_ms)
+    kill "$pid"
+    wait_until grep -q stopping "$log"
+    wait_until refused
+    not grep stopped "$log"
+    stop_kv none
+    ((status == 0 && $(now_ms) - start < 5000))
+}
+
+@test "SIGTERM ends the server within 5 s though clients send a byte now and then" {
+    start_kv
+    for bytes in x 'PING\n'; do
+        connect
+        background bash -c 'while printf "$1" >&"$2"; do sleep 0.1; done' - "$bytes" "$c" 2>/dev/null
+    done
+    wait_until grep -q . <&"$c"
+    stop_kv
+    ((status == 0 && took < 5000))
+}
+
+@test "a second signal ends the server at once with status 1" {
+    for signal in TERM INT; do
+        start_kv
+        ask "SET k $(x 1000)" | is OK
+        connect
+        flood "$c" 'GET k' 100000
+        kill "$pid"
+        wait_until grep -q stopping "$log"
+        stop_kv "$signal"
+        ((status == 1 && took < (${#sanitized} ? 3000 : 1000)))
+        grep -E "${log_lines}.*second signal" "$log"
+    done
+}
+
+# ==========================================================================================
+# Help and errors
+# ==========================================================================================
+
+@test "HELP fits 24 lines of 80 columns, begins with the basic five and counts the commands" {
+    start_kv
+    ask HELP >"$tmp/help"
+    (($(wc -l <"$tmp/help") <= 24))
+    not grep -E '.{81}' "$tmp/help"
+    head -n 5 "$tmp/help" | cut -d ' ' -f 1 | sort | is DEL GET INCR PING SET
+    for name in GET SET DEL EXISTS INCR DECR INCRBY DECRBY KEYS EXPIRE PEXPIRE EXPIREAT PEXPIREAT TTL \
+        PTTL PERSIST DBSIZE FLUSHDB FLUSHALL PING ECHO QUIT HELP INFO; do grep -w "$name" "$tmp/help"; done
+    not grep -wE 'POST|Host' "$tmp/help"
+    names=$(head -n -1 "$tmp/help" | grep -oE '^([A-Z]+ )+' | wc -w)
+    tail -n 1 "$tmp/help" | is "($names commands)"
+}
+
+@test "HELP of a command tells its syntax, what it does and what it replies" {
+    start_kv
+    ask 'HELP SET' >"$tmp/help"
+    head -n 1 "$tmp/help" |
+        is 'SET key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]'
+    grep -F '(nil)' "$tmp/help"
+    tail -n 1 "$tmp/help" | is_like '\([0-9]+ lines\)'
+    mapfile -t names < <(ask HELP | head -n -1 | grep -oE '^([A-Z]+ )+' | tr ' ' '\n' | grep .)
+    printf 'help %s\n' "${names[@]}" | talk >"$tmp/help"
+    for name in "${names[@]}"; do
+        read -r line && [[ $line = "$name" || $line = "$name "* ]]
+        for ((lines = 1; ; lines++)); do read -r line && [[ $line != '('* ]] || break; done
+        [[ $line = "($lines lines)" ]]
+    done <"$tmp/help"
+}
+
+@test "HELP of a command that is not there names it" {
+    start_kv
+    ask 'HELP GETT' 'HELP ""' 'HELP POST' | is_like '\(error\) ERR .*GETT.*' '\(error\) ERR .*"".*' \
+        '\(error\) ERR .*'
+}
+
+@test "an unknown command names itself and points at HELP" {
+    start_kv
+    ask 'GETT a' 'G' "''" | is_like '\(error\) ERR .*GETT.*HELP.*' '\(error\) ERR .*G.*HELP.*' \
+        '\(error\) ERR .*"".*HELP.*'
+}
+
+@test "SET of a value with blanks but no quotes explains quoting" {
+    start_kv
+    ask 'SET greeting hello world' 'EXISTS greeting' |
+        is_like '\(error\) ERR syntax error.*world.*"hello world".*' 0
+}
+
+@test "too few or too many words answer with the syntax" {
+    start_kv
+    while IFS='|' read -r request syntax; do
+        ask "$request" >"$tmp/out"
+        is_like "\(error\) ERR wrong number of arguments for '.*' command.*" <"$tmp/out"
+        grep -F "$syntax" "$tmp/out"
+    done <<'END'
+GET|GET key
+GET a b|GET key
+SET|SET key value
+SET a|SET key value
+DEL|DEL key...
+EXISTS|EXISTS key...
+INCR|INCR key
+INCR a b|INCR key
+DECR|DECR key
+INCRBY a|INCRBY key n
+DECRBY a 1 2|DECRBY key n
+KEYS a b|KEYS [pattern]
+EXPIRE a|EXPIRE key n
+PEXPIREAT a|PEXPIREAT key n
+TTL|TTL key
+PTTL a b|PTTL key
+PERSIST|PERSIST key
+DBSIZE x|DBSIZE
+ECHO|ECHO message
+ECHO a b|ECHO message
+PING a b|PING [message]
+HELP a b|HELP [command]
+END
+}
+
+@test "after an error the connection goes on" {
+    start_kv
+    ask NOSUCH 'GET' 'GET "' 'SET a x' 'INCR a' 'SET a b c' 'EXPIRE a x' PING |
+        is_like '\(error\).*' '\(error\).*' '\(error\).*' OK '\(error\).*' '\(error\).*' '\(error\).*' PONG
+}
+
+# ==========================================================================================
+# RESP: what client libraries speak
+# ==========================================================================================
+
+resp() { # WORD...: one request; words hold no NUL
+    printf '*%d\r\n' $#
+    for word; do printf '$%d\r\n%s\r\n' ${#word} "$word"; done
+}
+
+@test "text and RESP alternate on one connection, each answered in its own form" {
+    start_kv
+    { resp SET a 1 && printf 'GET a\n' && resp GET a && printf 'GET b\r\n' && resp GET b &&
+        printf '\n# a comment\n' && resp NOSUCH && printf 'INCR a\n' && resp INCR a; } | talk |
+        is $'+OK\r' 1 $'$1\r' $'1\r' $'(nil)\r' $'$-1\r' \
+            $'-ERR unknown command \'NOSUCH\', see HELP\r' 2 $':3\r'
+}
+
+@test "a RESP request may arrive a byte at a time, a bulk cut anywhere" {
+    start_kv
+    connect
+    resp SET key $'a\r\nb $1 *1' >"$tmp/request"
+    resp GET key >>"$tmp/request"
+    size=$(wc -c <"$tmp/request")
+    for ((i = 0; i < size; i++)); do
+        dd if="$tmp/request" bs=1 skip="$i" count=1 status=none >&"$c"
+    done
+    timeout 20 head -n 4 <&"$c" | is $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'
+    for ((i = 1; i < size; i += 3)); do
+        head -c "$i" "$tmp/request" >&"$c"
+        wait_until takes_input
+        tail -c "+$((i + 1))" "$tmp/request" >&"$c"
+        timeout 20 head -n 4 <&"$c" | is $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'
+    done
+}
+
+# Whether the server has read what was sent: nothing waits in a socket of this port.
+takes_input() {
+    not awk -v port="$(printf ':%04X' "$port")" \
+        'substr($2, length($2) - 4) == port && $5 !~ /:00000000$/ && $4 == "01" { exit 1 }
+         END { exit 0 }' /proc/net/tcp || return 0
+    return 1
+}
+
+@test "10,000 RESP requests in one write are answered in order" {
+    start_kv
+    quickly eval 'for ((i = 0; i < 10000; i++)); do printf "*2\r\n\$4\r\nINCR\r\n\$1\r\nn\r\n"; done' \
+        >"$tmp/requests"
+    talk <"$tmp/requests" | cmp - <(seq -f $':%.0f\r' 10000)
+}
+
+@test "a bulk string holds any bytes, as key and as value, and may be empty" {
+    start_kv
+    all='' && for ((i = 0; i < 256; i++)); do all+=$(printf '\\x%02x' "$i"); done
+    bulk="\$256\r\n$all\r\n"
+    printf '%b' "*3\r\n\$3\r\nSET\r\n$bulk$bulk*2\r\n\$3\r\nGET\r\n$bulk" \
+        "*2\r\n\$4\r\nKEYS\r\n\$1\r\n*\r\n" >"$tmp/in"
+    talk <"$tmp/in" | cmp - <(printf '%b' "+OK\r\n$bulk*1\r\n$bulk")
+    { resp SET '' '' && resp GET '' && resp EXISTS ''; } | talk | is $'+OK\r' $'$0\r' $'\r' $':1\r'
+}
+
+@test "a malformed array gets one protocol error, and the connection is closed" {
+    start_kv
+    for wrong in '*x' '*' '*1025' '*99999999999999999999' '* 1' '*+1' '*1\r\nx' '*1\r\n+PING' '*1\r\n$x' \
+        '*1\r\n$-1' '*1\r\n$-2' '*1\r\n$1048577' '*1\r\n*1\r\n$4\r\nPING' '*1\r\n$4\r\nPINGxx' \
+        '*1\r\n$4\r\nPING\n\n' '*1\n$4\r\nPING' '*00000000000000000000000000000000000000001'; do
+        printf '%b' "$wrong\r\n*1\r\n\$4\r\nPING\r\n" | talk | is_like $'-ERR Protocol error: .*\r' ||
+            { echo "for $wrong" && return 1; }
+    done
+    ask PING | is PONG
+}
+
+@test "empty arrays are skipped, as in Redis" {
+    start_kv
+    printf '*0\r\n*-1\r\n*-5\r\n*1\r\n$4\r\nPING\r\n*0\r\n' | talk | is $'+PONG\r'
+}
+
+@test "a RESP word over --max-value, or a request over 2 x --max-value + 64 KiB, is an error and the end" {
+    start_kv --max-value 100000
+    { printf '*3\r\n$3\r\nSET\r\n$1\r\na\r\n$100001\r\n' && resp PING; } | talk |
+        is_like $'-ERR Protocol error: .*\r'
+    big=$(printf '%0100000d' 0)
+    { resp DEL "$big" "$big" "$big" && resp PING; } | talk | is_like $'-ERR Protocol error: .*too long\r'
+    { resp DEL "$big" "$big" && resp PING; } | talk | is $':0\r' $'+PONG\r'
+}
+
+@test "a length that is announced and not sent costs no memory" {
+    start_kv --max-value 536870912
+    before=$(process_kb VmRSS)
+    for ((i = 0; i < 1000; i++)); do
+        connect
+        printf '*3\r\n$3\r\nSET\r\n$1\r\na\r\n$500000000\r\nabc' >&"$c"
+    done
+    ask PING | is PONG
+    wait_until info_is connected_clients 1001
+    takes_less VmRSS $((before + 32000))
+}
+
+@test "HELLO 3 switches to RESP3, HELLO 2 back, text stays text" {
+    start_kv
+    { resp HELLO 3 && resp GET none && resp CONFIG GET save && printf 'GET none\n' && resp HELLO 2 &&
+        resp GET none; } | talk >"$tmp/out"
+    head -n 1 "$tmp/out" | is $'%5\r'
+    grep -A 1 proto "$tmp/out" | is $'proto\r' $':3\r' -- $'proto\r' $':2\r'
+    grep -c $'^_\r' "$tmp/out" | is 1
+    grep -A 4 '^%1' "$tmp/out" | is $'%1\r' $'$4\r' $'save\r' $'$0\r' $'\r'
+    grep -c '^(nil)' "$tmp/out" | is 1
+    tail -n 1 "$tmp/out" | is $'$-1\r'
+    grep -c $'^\*10\r' "$tmp/out" | is 1
+    ask HELLO | is_like server:kv 'version:.*' proto:2 mode:standalone role:master '\(5 items\)'
+}
+
+@test "INFO comes in sections in RESP, and flat in text" {
+    start_kv
+    resp INFO | talk >"$tmp/resp"
+    for section in Server Clients Memory Persistence Stats Keyspace; do
+        grep -qx "# $section"$'\r' "$tmp/resp"
+    done
+    grep -qx $'loading:0\r' "$tmp/resp"
+    not grep -q redis_version "$tmp/resp"
+    ask INFO >"$tmp/text"
+    not grep '^#' "$tmp/text"
+    head -n 1 "$tmp/resp" | is "\$$(($(tail -n +2 "$tmp/resp" | wc -c) - 2))"$'\r'
+    diff <(grep -o '^[a-z_]*:' "$tmp/resp") <(grep -o '^[a-z_]*:' "$tmp/text")
+}
+
+@test "what clients ask on connecting is answered: COMMAND, CONFIG GET, CLIENT, SELECT" {
+    start_kv
+    ask 'COMMAND DOCS' 'CONFIG GET save' 'CONFIG GET appendonly' 'CLIENT SETNAME x' \
+        'CLIENT SETINFO LIB-NAME x' 'SELECT 0' | is '(0 items)' save: '(1 item)' appendonly:no \
+        '(1 item)' OK OK OK
+    ask 'CLIENT ID' | is_like '[0-9]+'
+    ask 'SELECT 1' 'CLIENT NOSUCH' 'CONFIG SET a b' | is_like '\(error\) ERR .*' '\(error\) ERR .*' \
+        '\(error\) ERR .*'
+}
+
+@test "redis-cli works as a shell, without an error at the start" {
+    command -v redis-cli || skip "redis-cli is missing: make deps installs it"
+    start_kv
+    printf 'SET a "x y"\nGET a\nINCR a\nKEYS *\nTTL none\n' | redis-cli -p "$port" 2>&1 |
+        is OK 'x y' 'ERR value is not an integer or out of range' '' a -2
+    redis-cli -p "$port" -3 GET none | is ''
+}
+
+@test "redis-benchmark runs clean, pipelined, with many connections and with threads" {
+    command -v redis-benchmark || skip "redis-benchmark is missing: make deps installs it"
+    start_kv
+    # With 10,000 connections it takes its time: it makes 64 every 50 ms.
+    for options in '-t set,get,incr -n 100000 -c 50 -P 16 -r 100000' \
+        "-t set -n 20000 -c $connections" '-t set,get -n 20000 -c 50 --threads 2'; do
+        read -r -a words <<<"$options"
+        timeout 50 redis-benchmark -p "$port" -q "${words[@]}" >"$tmp/out" 2>&1
+        tr '\r' '\n' <"$tmp/out" | grep -q 'requests per second'
+        not grep -iE 'err|warn|refused' "$tmp/out"
+    done
+}
+
+@test "redis-cli --pipe loads a million commands with no error" {
+    command -v redis-cli || skip "redis-cli is missing: make deps installs it"
+    start_kv
+    count=1000000 && if [[ $sanitized ]]; then count=100000; fi
+    awk -v n="$count" 'BEGIN { for (i = 1; i <= n; i++)
+        printf "*3\r\n$3\r\nSET\r\n$%d\r\nkey:%d\r\n$5\r\nvalue\r\n", length(i) + 4, i }' |
+        redis-cli -p "$port" --pipe 2>&1 | tail -n 1 | is "errors: 0, replies: $count"
+    info_is keys "$count"
+}
+
+@test "a client library in Python does what people do with it" {
+    /usr/bin/python3 -c 'import redis' 2>/dev/null ||
+        skip "redis-py is missing: make deps-all installs it (python3-redis)"
+    start_kv
+    timeout 20 /usr/bin/python3 - "$port" <<'PYTHON' | is ok
+import redis, sys
+r = redis.Redis(port=int(sys.argv[1]))
+assert r.ping() and r.set("a", b"\0\r\n", ex=100) and r.get("a") == b"\0\r\n"
+assert r.ttl("a") in (99, 100) and r.get("none") is None and r.delete("a", "none") == 1
+assert r.incr("n") == 1 and r.decr("n", 5) == -4 and r.keys("*") == [b"n"]
+assert r.set("n", 1, nx=True) is None and r.exists("n", "n") == 2
+p = r.pipeline(transaction=False)
+for i in range(1000): p.incr("p")
+assert p.execute() == list(range(1, 1001))
+r.connection_pool.disconnect()
+assert r.get("p") == b"1000" and r.info()["keys"] == 2 and r.dbsize() == 2 and r.flushall()
+try: r.execute_command("NOSUCH")
+except redis.ResponseError: print("ok")
+PYTHON
+}
+
+# Hundreds of commands for the comparison with Redis, one a line; words are split at blanks, and
+# \0 in a word is a NUL byte.
+redis_commands() {
+    local key word value when option more pattern
+    # Options of SET: each alone, and each pair, on a key that is there and one that is not.
+    local options=(NX XX nx KEEPTTL 'EX 100' 'PX 100400' 'EXAT 99999999999' 'PXAT 99999999999999'
+        EX PX 'EX 0' 'EX -1' 'EX x' 'EX 1.5' 'PX 9223372036854775807' 'EX 9223372036854775807'
+        'EX 9223372036854775' 'EXAT 9223372036854775808' 'EXAT 1' 'PXAT 1' GOT)
+    for option in "${options[@]}"; do
+        for more in '' "${options[@]}"; do
+            printf '%s\n' 'SET there 1' "SET there 2 $option $more" 'GET there' 'DEL there' \
+                "SET new 2 $option $more" 'DEL new'
+        done
+    done
+    # Counting: limits, what is no number, and what is left of the deadline.
+    for value in 0 -0 1 -1 01 +1 1.0 '1\0' x 9223372036854775807 9223372036854775806 \
+        -9223372036854775808 -9223372036854775807 9223372036854775808 99999999999999999999; do
+        printf '%s\n' "SET n $value" 'INCR n' 'GET n' "SET n $value" 'DECR n' 'GET n' \
+            'SET n 10 EX 100' "INCRBY n $value" 'GET n' "DECRBY n $value" 'GET n' 'TTL n' \
+            'SET n -2' "INCRBY n $value" 'SET n -2' "DECRBY n $value" 'GET n' 'DEL n' \
+            "INCRBY n $value" 'DEL n' "DECRBY n $value" 'DEL n'
+    done
+    # Expiry: four commands, moments, rounding.
+    for word in EXPIRE PEXPIRE EXPIREAT PEXPIREAT; do
+        for when in 0 -1 1 100 x 1.5 9223372036854775807 9223372036854775 9223372036854776 \
+            9223372036854775808 -9223372036854775808 -9223372036854775 -9223372036854776; do
+            [[ $word$when = P*[^A]E1 || $word$when = PEXPIRE1 || $word$when = PEXPIRE100 ]] && continue
+            printf '%s\n' 'DEL k' "$word k $when" 'SET k 1' "$word k $when" 'EXISTS k' 'PERSIST k'
+        done
+        printf '%s\n' 'SET k 1' "$word k 99999999999 nonsense" "$word k" "$word" "$word k 1 2 3"
+    done
+    for when in 100400 100600 99600 1600 500000; do
+        printf '%s\n' "SET k 1 PX $when" 'TTL k' "PEXPIRE k $when" 'TTL k' 'PERSIST k' 'TTL k' 'PTTL k'
+    done
+    printf '%s\n' 'TTL nokey' 'PTTL nokey' 'PERSIST nokey' 'TTL' 'TTL a b' 'PTTL' 'PERSIST' 'PERSIST a b'
+    # Globs, each against keys that it may or may not match.
+    for pattern in '*' '?' 'a' 'a*' '*a' '*a*' 'a*b*c' '[abc]' '[^abc]' '[a-c]' '[c-a]' '[^a-c]x' '\a' \
+        '\*' '[\]]' '[]' '[]a]' '[^]' '[a' '[a-' '[a-]' '[-a]' 'a\' '[\-a]' '**a' 'a?c' '[a-c][x-z]' \
+        '[abc]*' '*[xyz]' '*.*' '[!a]' '[a-\]]' '[^^]' '*?' '?*?' '\\' '[\\]'; do
+        for key in a b abc aXbYc ']' '*' '\' '-' '^' 'cx' 'dx' 'a.b' '!'; do
+            printf '%s\n' FLUSHALL "SET $key 1" "KEYS $pattern"
+        done
+    done
+    # Arity and arguments of everything; keys named twice; bytes.
+    for word in PING ECHO GET SET DEL EXISTS INCR DECR INCRBY DECRBY EXPIRE TTL PERSIST DBSIZE SELECT; do
+        printf '%s\n' "$word" "$word a" "$word a b" "$word a b c" "${word,,} a b c d"
+    done
+    printf '%s\n' 'KEYS a b' 'FLUSHALL x' 'FLUSHDB x' 'FLUSHALL' 'FLUSHDB' 'DBSIZE' 'SET a 1' 'SET b 2' \
+        'DBSIZE' 'EXISTS a a b c' 'DEL a a b c' 'EXISTS a' 'SET a\0b \0\0' 'GET a\0b' 'GET a' 'KEYS a*' \
+        'SELECT 0' 'SELECT 1000' 'SET x y' 'INCR x' 'DECR x' 'INCRBY x 1' 'GET x' 'ECHO \0' 'PING \0' \
+        'EXISTS x' 'HELLO 4' 'HELLO x'
+}
+
+# Encodes lines of words as RESP, each behind an ECHO of the line, so that a diff can be read.
+to_resp() {
+    local line word words out
+    set -f
+    while IFS= read -r line; do
+        for line in "ECHO ${line// /_}" "$line"; do
+            # shellcheck disable=SC2206 # split at blanks is what is meant; globbing is off
+            words=($line)
+            out="*${#words[@]}\\r\\n"
+            for word in "${words[@]}"; do
+                word=${word//\\/\\\\}
+                word=${word//\\\\0/\\0000}
+                printf -v line '%b.' "${word//\\0000/0}"
+                out+="\$$((${#line} - 1))\\r\\n$word\\r\\n"
+            done
+            printf '%b' "$out"
+        done
+    done
+    set +f
+}
+
+@test "thousands of commands and argument errors get byte for byte what Redis 7 replies" {
+    command -v redis-server || skip "redis-server is missing: make deps-all installs it"
+    start_kv
+    quickly redis_commands >"$tmp/commands"
+    quickly to_resp <"$tmp/commands" >"$tmp/requests"
+    talk <"$tmp/requests" >"$tmp/kv"
+    start_redis
+    timeout 60 nc -N 127.0.0.1 "$redis_port" <"$tmp/requests" >"$tmp/redis"
+    # Where the number of words is wrong, kv adds the syntax.
+    sed -i "s/^\(-ERR wrong number of arguments for '[a-z]*' command\): .*/\1\r/" "$tmp/kv"
+    (($(wc -l <"$tmp/commands") > 4000 && $(wc -l <"$tmp/redis") > 10000))
+    diff -a "$tmp/redis" "$tmp/kv" >"$tmp/diff" || { head -n 40 "$tmp/diff" && return 1; }
+}
+
+start_redis() { # sets $redis_port; it ends with the test
+    local try
+    for try in 1 2 3 4 5; do
+        redis_port=$((20000 + RANDOM % 10000 + try))
+        background redis-server --port "$redis_port" --bind 127.0.0.1 --save '' --appendonly no \
+            --dir "$tmp" --logfile "$tmp/redis.log"
+        wait_until grep -sqE 'Ready to accept|Failed listening|exit' "$tmp/redis.log"
+        grep -q 'Ready to accept' "$tmp/redis.log" && return 0
+        : >"$tmp/redis.log"
+    done
+    return 1
+}
+
+# ==========================================================================================
+# README.md
+# ==========================================================================================
+
+@test "the bash script of README.md prints what README.md says" {
+    readme=$BATS_TEST_DIRNAME/README.md
+    start_kv
+    sed -n '/^```bash$/,/^```$/p' "$readme" | grep -v '^```' >"$tmp/script"
+    sed -n '/^```text$/,/^```$/p' "$readme" | grep -v '^```' >"$tmp/expected"
+    [[ -s $tmp/script && -s $tmp/expected ]]
+    PORT=$port timeout 50 bash "$tmp/script" | diff - "$tmp/expected"
+}
+
+@test "the session of README.md prints what README.md says" {
+    readme=$BATS_TEST_DIRNAME/README.md
+    start_kv
+    # Its requests are the lines that a person types; the rest is what kv replies.
+    sed -n '/^    \$ nc localhost 8080$/,/^$/s/^    //p' "$readme" | tail -n +2 >"$tmp/session"
+    grep -E '^(SET|GET|INCR|TTL|KEYS|QUIT)\b' "$tmp/session" >"$tmp/requests"
+    (($(wc -l <"$tmp/requests") > 5))
+    talk <"$tmp/requests" | sort | diff - <(grep -vE '^(SET|GET|INCR|TTL|KEYS|QUIT)\b' "$tmp/session" | sort)
+}
