@@ -23,8 +23,8 @@
  *
  * Lock order. A thread holds at most one shard lock; FLUSHALL is the exception and takes
  * all of them in the order of their numbers. There is no other lock: what else threads
- * share is atomic. Nothing that may block (a read, a send, a sleep) is done under a lock.
- * Locking and unlocking a healthy mutex cannot fail, so these calls go unchecked.
+ * share is atomic, or set before they start. Nothing that may block (a read, a send, a
+ * sleep) is done under a lock. Locking a healthy mutex cannot fail, so it goes unchecked.
  *
  * The sections build on each other and each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers    3 Requests   4 Replies       5 Hashing
@@ -53,7 +53,7 @@
 #include <time.h>
 #include <unistd.h>
 #ifdef __GLIBC__
-#include <malloc.h> /* malloc_trim: glibc alone keeps what was freed in the middle */
+#include <malloc.h> /* malloc_trim: else glibc keeps what was freed in mid-heap */
 #else
 #define malloc_trim(unused) ((void)(unused))
 #endif
@@ -64,7 +64,7 @@
 
 /* MAX_SHOWN bytes of a client's word are repeated by an error or the log; a connection's
    buffers begin with SMALL_BUF bytes and shrink back to that; replies are sent when
-   IO_CHUNK bytes have gathered; of a STACK, memory is only what a thread has touched. */
+   IO_CHUNK bytes have gathered; a STACK costs only the pages that were touched. */
 enum { MAX_WORDS = 1024, MAX_SHOWN = 64, COUNTER_STRIDE = 8 };
 enum { SMALL_BUF = 1024, IO_CHUNK = 65536, STACK = 65536 };
 
@@ -79,23 +79,23 @@ struct slice {
     size_t len;
 };
 
-/* Bytes that grow at the end. Owns p. Once memory was out, failed stays set and nothing
-   is added any more, so who fills a buffer need check only once, at the end. */
+/* Bytes that grow at the end. Owns p. Once memory has run out, failed stays set and
+   nothing more is added, so who fills a buffer need check only once, at the end. */
 struct buf {
     char *p;
     size_t len, cap;
     bool failed;
 };
 
-/* One connection, on the stack of its thread; no other thread sees it. in holds what was
-   read and not yet run: the next request starts at pos, and scanned bytes of it have been
-   searched for its end. out holds replies not yet sent. resp is the form of the request
-   and its reply, 0: text, 2 or 3: RESP, version the one that HELLO chose; crlf: lines of
-   the reply end in CRLF; skipping: inside a line that is too long; closing: why to close
-   as soon as the replies are out, or NULL; broken: nothing more can be sent. argv are the
-   words of the request, which point into in, bytes their sum. Where cmd works on a key:
-   the key, its shard (locked), what the table knows of its hash, and the link that holds
-   its entry, or the NULL for a new one. */
+/* One connection, on the stack of its thread; no other thread sees it. in: what was read;
+   the next request starts at pos; of a line, the scanned bytes from there hold no
+   newline. out: replies not yet sent. resp: the form of request and reply, 0: text, 2 or
+   3: RESP. version: of RESP, chosen by HELLO. crlf: lines of the reply end in CRLF.
+   skipping: inside a line that is too long. closing: why to close as soon as the replies
+   are out, or NULL. broken: then without lingering. argv: the argc words of the request,
+   which point into in. bytes: the sum of their lengths. While cmd works on a key: key;
+   shard: the key's, locked; hash: its part for the table; link: points at the key's
+   entry, or is where the pointer to a new one goes. */
 struct conn {
     int fd, resp, version;
     bool crlf, skipping, broken;
@@ -117,7 +117,7 @@ struct text {
 /* Commands run, by the connection's descriptor: each is written by one thread at a time
    and, COUNTER_STRIDE apart, has a cache line of its own. */
 static atomic_ulong *commands_by_fd;
-static long max_fds;
+static long max_fds;                       /* a client's descriptor is below this */
 static atomic_long connected, connections; /* now, and ever */
 static int64_t started;                    /* in ticks() */
 static atomic_int stopping; /* 0: serving; 1: answering what has arrived; 2: giving up */
@@ -129,8 +129,8 @@ static struct {
     long insecure, verbose, quiet, help, version;
 } opt = {"127.0.0.1", 8080, 10000, 0, 0, 1 << 20, 256, 0, 0, 0, 0, 0};
 
-/* A row says all about an option: parsing, checks and --help use it. Without arg it is a
-   switch: a long that counts; with a max it is a number: a long; else a string. */
+/* A row says all about an option: parsing, checks and --help use it. No arg: a switch, a
+   long that counts. With a max: a number, a long. Else a string. */
 static const struct option {
     char letter[4]; /* as in --help */
     const char *name, *arg;
@@ -141,7 +141,7 @@ static const struct option {
     {"-p,", "port", "N", &opt.port, 0, 65535, "8080; 0: any free port"},
     {"-b,", "bind", "ADDR", &opt.bind, 0, 0, "127.0.0.1; IPv4, IPv6 or a host name"},
     {"-c,", "max-clients", "N", &opt.max_clients, 1, 1000000, "10000"},
-    {"-t,", "timeout", "SECONDS", &opt.timeout, 0, 1000000, "0: never; close when stuck"},
+    {"-t,", "timeout", "SECONDS", &opt.timeout, 0, 1000000, "0: never; close when idle"},
     {"-m,", "max-memory", "MB", &opt.max_memory, 0, 1 << 30, "0: no limit, else OOM"},
     {"", "max-value", "BYTES", &opt.max_value, 1, 1 << 29, "1048576; the longest word"},
     {"-s,", "shards", "N", &opt.shards, 1, 4096, "256; a power of two"},
@@ -164,7 +164,7 @@ static int64_t clock_ns(clockid_t clock) {
     return t.tv_sec * SECOND + t.tv_nsec;
 }
 
-/* Nanoseconds since some moment, which nobody sets: for how long something takes. */
+/* Nanoseconds on a clock that nobody sets, to measure how long something takes. */
 static int64_t ticks(void) { return clock_ns(CLOCK_MONOTONIC); }
 
 /* Milliseconds since 1970, for deadlines, which are moments of the wall clock. */
@@ -267,7 +267,7 @@ static void buf_add(struct buf *b, const void *p, size_t n) {
     b->len += n;
 }
 
-/* Gives the memory of an empty buffer back that has grown beyond SMALL_BUF. */
+/* Gives back the memory of an empty buffer that has grown beyond SMALL_BUF. */
 static void buf_slim(struct buf *b) {
     if (b->len > 0 || b->cap <= SMALL_BUF) return;
     free(b->p);
@@ -362,20 +362,20 @@ static const char *split_line(struct conn *c, char *at, char *end) {
 }
 
 /* RESP is what client libraries speak: an array of strings, *2 $3 GET $1 a, each number
-   and string ended by CRLF. After an error nobody knows where the next one begins. */
+   and string ended by CRLF. After an error nobody knows where the next request begins. */
 static bool protocol_error(struct conn *c, const char *what) {
     c->closing = "protocol error";
     return fail(c, "ERR Protocol error: %s", what);
 }
 
-/* Takes a type byte, a number up to max and CRLF off the input at *at. Returns false when
-   they have not arrived in full, or after an error. */
+/* Takes a type byte, a number up to max (for '*' also below 0: no words) and CRLF off the
+   input at *at. Returns false when they have not arrived in full, or after an error. */
 static bool take_length(struct conn *c, size_t *at, char type, int64_t max, int64_t *n) {
     char *p = c->in.p + *at;
     size_t left = c->in.len - *at;
     if (left > 0 && *p != type) return protocol_error(c, "expected '$'");
     char *end = left > 0 ? memchr(p, '\n', left) : NULL;
-    if (!end && left < 32) return false;
+    if (!end && left < 32) return false; /* no length is that long */
     struct slice digits = {p + 1, end && end[-1] == '\r' ? (size_t)(end - p) - 2 : 0};
     if (!parse_int(digits, n) || *n > max || (*n < 0 && type == '$'))
         return protocol_error(c, type == '*' ? "invalid multibulk length"
@@ -404,8 +404,8 @@ static bool take_array(struct conn *c) {
 }
 
 /* Takes the next request off the input; its words stay valid until the next read. Returns
-   false when it has not arrived in full. True with argc 0: there is nothing to run, for
-   the line was empty, or it was wrong and has been answered. */
+   false when it has not arrived in full, or c is closing. True with argc 0: there is
+   nothing to run, for the line was empty, or it was wrong and has been answered. */
 static bool next_request(struct conn *c) {
     size_t limit = 4 * (size_t)opt.max_value + IO_CHUNK, n = c->in.len - c->pos;
     char *line = c->in.p + c->pos;
@@ -437,7 +437,7 @@ static bool next_request(struct conn *c) {
 
 /* === 4 Replies ===================================================================== */
 /* Whether s can stand in a reply as it is, so that nobody takes it for an error, the end
-   of a list, a quoted value or more than one line. As a word it must also pass take_word
+   of a list, a quoted value or more than one line. As a word it also passes take_word
    unchanged. */
 static bool is_bare(struct slice s, bool as_word) {
     if (s.len == 0 || strchr("\"( ", s.p[0]) || s.p[s.len - 1] == ' ') return false;
@@ -575,8 +575,7 @@ static uint64_t hash_bytes(struct slice s) {
 enum { MIN_BITS = 4, NO_SLOT = -1 };
 
 /* A key and its value in one allocation: 24 bytes, the key, the value. Its deadline,
-   which few keys have, stands in the heap at slot, or slot is NO_SLOT. next is in the
-   same bucket. */
+   which few keys have, stands in the heap at slot, or slot is NO_SLOT. */
 struct entry {
     struct entry *next;
     uint32_t hash, klen, vlen;
@@ -601,8 +600,8 @@ struct table {
     int bits;
 };
 
-/* The lock has a cache line of its own. A request counts what it does under the lock that
-   it holds anyway: that costs nothing. */
+/* Whoever works on a shard holds its lock; only walk, expire_some and sum_at take it
+   themselves. No two shards share a cache line. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
@@ -620,8 +619,8 @@ static struct slice entry_value(struct entry *e) {
     return (struct slice){e->data + e->klen, e->vlen};
 }
 
-/* Keeps the books: what took was bytes takes now bytes. The difference may wrap around;
-   so does the sum, back again. */
+/* Keeps the books: what took was bytes takes now bytes. The difference may wrap; so does
+   the sum. */
 static void account(struct table *t, size_t was, size_t now) {
     t->bytes += now - was;
     if (opt.max_memory) atomic_fetch_add(&used_memory, now - was);
@@ -631,8 +630,8 @@ static struct entry **bucket_of(const struct table *t, uint32_t hash) {
     return &t->buckets[hash >> (32 - t->bits)];
 }
 
-/* Moves the entries to 2^bits buckets. Without memory the table stays as it is, which
-   costs speed and nothing else. */
+/* Moves the entries to 2^bits buckets. Without memory the table stays as it is:
+   slower. */
 static void table_resize(struct table *t, int bits) {
     struct table to = *t;
     to.bits = bits;
@@ -661,8 +660,8 @@ static void table_remove(struct table *t, struct entry **link) {
         table_resize(t, t->bits - 1);
 }
 
-/* Returns the link that points to the live entry of key, or the NULL at the end of its
-   bucket; NULL itself when memory is out. What is past its deadline is removed. */
+/* Returns a link, where *link is the live entry of key, or NULL if it has none. Returns
+   NULL only when memory is out. What is past its deadline is removed. */
 static struct entry **table_find(struct shard *s, uint32_t hash, struct slice key) {
     if (!s->table.buckets) table_resize(&s->table, MIN_BITS);
     if (!s->table.buckets) return NULL;
@@ -694,7 +693,7 @@ static struct entry *table_store(struct table *t, struct entry **link, uint32_t 
     if (e->slot != NO_SLOT) t->heap[e->slot].entry = e;
     *link = e;
     e->vlen = (uint32_t)value.len;
-    memmove(e->data + e->klen, value.p, value.len); /* may be the value it has */
+    memmove(e->data + e->klen, value.p, value.len); /* its own value: not moved */
     account(t, was, now);
     if (t->count > (size_t)2 << t->bits && t->bits < 32) table_resize(t, t->bits + 1);
     return e;
@@ -762,7 +761,7 @@ static bool heap_resize(struct table *t, size_t cap) {
     return true;
 }
 
-/* Sets or changes e's deadline; a new one needs room in the heap. */
+/* Sets or changes e's deadline; for a new one, store has made room. */
 static void deadline_set(struct table *t, struct entry *e, int64_t when) {
     size_t i = e->slot == NO_SLOT ? t->heap_len++ : (size_t)e->slot;
     heap_sift(t, i, (struct deadline){when, e});
@@ -777,7 +776,7 @@ static void deadline_clear(struct table *t, struct entry *e) {
     if (t->heap_len < t->heap_cap / 4) heap_resize(t, t->heap_cap / 2);
 }
 
-/* Removes up to BATCH entries past their deadline. Returns whether there are more. */
+/* Removes up to BATCH entries past their deadline. Returns whether there may be more. */
 static bool expire_some(struct shard *s, int64_t now) {
     struct table *t = &s->table;
     int n = 0;
@@ -792,15 +791,15 @@ static bool expire_some(struct shard *s, int64_t now) {
     return n == BATCH;
 }
 
-/* The expiry thread: goes round the shards until nothing is left to expire, then sleeps.
-   A round that finds nothing looks at one deadline per shard. */
+/* The expiry thread: goes round the shards, again at once if more may be due, else after
+   TICK. A round that finds nothing looks at one deadline per shard. */
 static void *expiry_main(void *unused) {
     for (bool more = false, was = false; !atomic_load(&stopping); was = more) {
         more = false;
         for (struct shard *s = shards; s < shards + opt.shards; s++)
             more |= expire_some(s, now_ms());
         if (was && !more) malloc_trim(0); /* after many, give memory back */
-        /* Even with more to do, give way to who waits for a lock: the only one, maybe. */
+        /* Even then let others have the lock: with --shards 1 there is only one. */
         nanosleep(&(struct timespec){0, more ? 1000 : TICK * 1000000L}, NULL);
     }
     return unused;
@@ -813,11 +812,11 @@ static void *expiry_main(void *unused) {
 enum { WRITES = 1, GROWS = 2, ONE_KEY = 4, EACH_KEY = 8, HIDDEN = 16 };
 enum { ANY = MAX_WORDS, WRITE1 = WRITES | ONE_KEY, GROW1 = GROWS | WRITE1 };
 
-/* A row says all about a command: dispatch, arity, error messages and HELP come from it.
-   min and max count words, the name among them. Where it works on keys, run is called
-   with the key's shard locked and its entry found; it must not block. run replies, and
-   returns false if that was an error. number is what tells a command from others of its
-   family; help says what it does; what it replies; or NULL: what the row above says. */
+/* A row says all about a command. min and max count words, the name among them. Where it
+   works on keys, run is called with the key's shard locked and its entry found; it must
+   not block. run replies and returns false after an error; with EACH_KEY it only says yes
+   or no. number tells it from its family. help: what it does, then behind a ';', which
+   HELP alone omits, what it replies; NULL: as the row above. */
 struct command {
     const char *name, *args;
     unsigned min, max, flags;
@@ -845,7 +844,8 @@ static bool parse_deadline(struct conn *c, struct slice word, int unit, int64_t 
     if (!parse_int(word, when)) return fail(c, NOT_INT);
     if (*when < min || *when < INT64_MIN / scale || *when > (INT64_MAX - base) / scale)
         return fail(c, "ERR invalid expire time in '%s' command", lower(c->cmd).text);
-    *when = *when * scale + base < 0 ? 0 : *when * scale + base; /* 1970 is past enough */
+    *when =
+        *when * scale + base < 0 ? 0 : *when * scale + base; /* below 0: KEEP, NEVER */
     return true;
 }
 
@@ -854,11 +854,10 @@ static bool parse_deadline(struct conn *c, struct slice word, int unit, int64_t 
    through here. Replies and returns false when memory is out. */
 static bool store(struct conn *c, struct slice value, int64_t when) {
     struct table *t = &c->shard->table;
-    if (when >= 0 && when <= now_ms()) {
-        if (*c->link) table_remove(t, c->link);
-        return true;
-    }
-    struct entry *e = NULL; /* the heap grows by a quarter, which wastes little */
+    bool past = when >= 0 && when <= now_ms();
+    if (past && *c->link) table_remove(t, c->link);
+    if (past) return true;
+    struct entry *e = NULL; /* room for a deadline first: nothing fails halfway */
     if (t->heap_len < t->heap_cap || heap_resize(t, t->heap_cap + t->heap_cap / 4 + 4))
         e = table_store(t, c->link, c->hash, c->key, value);
     if (!e) return fail(c, "OOM out of memory");
@@ -871,8 +870,6 @@ static bool cmd_get(struct conn *c) {
     return *c->link ? reply_value(c, entry_value(*c->link)) : reply_nil(c);
 }
 
-#define SET_ERROR                                                                        \
-    "ERR syntax error at %s; blanks need quotes: SET greeting \"hello world\""
 /* What may stand behind SET key value: one condition and one word for the time. Those
    behind KEEPTTL take a number; its unit is as in parse_deadline. */
 enum { NX, XX, KEEPTTL, SET_WORDS = 7, NONE = -1 };
@@ -886,11 +883,13 @@ static bool cmd_set(struct conn *c) {
         struct slice word = c->argv[i];
         int w = 0;
         while (w < SET_WORDS && !word_is(word, set_words[w])) w++;
-        int *old = w < KEEPTTL ? &condition : &time;
-        bool missing = w > KEEPTTL && i + 1 == c->argc;
-        if (w == SET_WORDS || missing || (*old != NONE && *old != w))
-            return fail(c, c->resp ? "ERR syntax error%.0s" : SET_ERROR, show(word).text);
-        *old = w;
+        int *at = w < KEEPTTL ? &condition : &time;
+        if (w == SET_WORDS || (w > KEEPTTL && i + 1 == c->argc) ||
+            (*at != NONE && *at != w))
+            return c->resp ? fail(c, "ERR syntax error")
+                           : fail(c, "ERR syntax error at %s; blanks need quotes: %s",
+                                  show(word).text, "SET greeting \"hello world\"");
+        *at = w;
         if (w > KEEPTTL) number = c->argv[++i];
     }
     int64_t when = time == NONE ? NEVER : KEEP;
@@ -910,10 +909,9 @@ static bool cmd_del(struct conn *c) {
 static bool cmd_incr(struct conn *c) {
     int64_t value = 0, by = 1, sign = c->cmd->number;
     char text[24];
-    if ((c->argc > 2 && !parse_int(c->argv[2], &by)) ||
-        (*c->link && !parse_int(entry_value(*c->link), &value)))
-        return fail(c, NOT_INT);
+    if (c->argc > 2 && !parse_int(c->argv[2], &by)) return fail(c, NOT_INT);
     if (sign < 0 && by == INT64_MIN) return fail(c, "ERR decrement would overflow");
+    if (*c->link && !parse_int(entry_value(*c->link), &value)) return fail(c, NOT_INT);
     by *= sign;
     if (by > 0 ? value > INT64_MAX - by : value < INT64_MIN - by)
         return fail(c, "ERR increment or decrement would overflow");
@@ -930,7 +928,7 @@ static bool cmd_expire(struct conn *c) {
     return store(c, entry_value(*c->link), when) && reply_int(c, 1);
 }
 
-/* TTL, PTTL: number is the unit in ms. Rounded as Redis does. */
+/* TTL, PTTL: number is the unit in ms. Rounded to the nearest unit, as in Redis. */
 static bool cmd_ttl(struct conn *c) {
     struct entry *e = *c->link;
     if (!e || e->slot == NO_SLOT) return reply_int(c, e ? -1 : -2);
@@ -993,7 +991,7 @@ static bool cmd_keys(struct conn *c) {
     size_t n = 0, start = c->out.len;
     for (struct shard *s = shards; s < shards + opt.shards; s++)
         for (uint64_t hash = 0; walk(s, &hash, &found); found.len = 0)
-            for (size_t at = 0; at < found.len; at += key.len) {
+            for (size_t at = 0; at < found.len && !found.failed; at += key.len) {
                 memcpy(&len, found.p + at, sizeof len);
                 key = (struct slice){found.p + (at += sizeof len), len};
                 if (glob_match(pattern, key)) n += reply_str(c, key, true);
@@ -1008,8 +1006,7 @@ static bool cmd_ping(struct conn *c) {
     return c->argc > 1 ? reply_value(c, c->argv[1]) : reply_status(c, "PONG");
 }
 
-/* QUIT; with a number: a browser was made to send us a form. Its body may hold
-   commands. */
+/* QUIT; with a number: a browser sends us a form, which may hold commands. */
 static bool cmd_quit(struct conn *c) {
     c->closing = c->cmd->number ? "it speaks HTTP" : "QUIT";
     if (!c->cmd->number) return reply_status(c, "OK");
@@ -1017,8 +1014,8 @@ static bool cmd_quit(struct conn *c) {
     return fail(c, "ERR this is not a web server");
 }
 
-/* FLUSHALL, FLUSHDB: all keys go at one moment, when all locks are held. Memory is freed
-   after that. */
+/* FLUSHALL, FLUSHDB: all keys go at one moment, under all locks; memory is freed after
+   it. */
 static bool cmd_flush(struct conn *c) {
     if (c->argc > 1) return fail(c, "ERR syntax error");
     struct table *old = calloc((size_t)opt.shards, sizeof *old);
@@ -1049,7 +1046,7 @@ static size_t sum_at(size_t offset) {
 
 static bool cmd_dbsize(struct conn *c) { return reply_int(c, (int64_t)SUM(table.count)); }
 
-/* Each line is behind the head of its section, in RESP, if it is the first there. */
+/* In RESP a section's head goes where the type would: in front of its first line. */
 static bool cmd_info(struct conn *c) {
     size_t n = 0, start = c->out.len;
     unsigned long ran = 0;
@@ -1094,15 +1091,14 @@ static bool reply_map(struct conn *c, const char *const *pairs, struct slice pat
 
 /* There is no password yet and names are not kept, so AUTH and SETNAME go unread. */
 static bool cmd_hello(struct conn *c) {
-    int64_t version = c->version;
-    if (c->argc > 1 && !parse_int(c->argv[1], &version))
+    int64_t v = c->version;
+    if (c->argc > 1 && !parse_int(c->argv[1], &v))
         return fail(c, "ERR Protocol version is not an integer or out of range");
-    if (version != 2 && version != 3)
-        return fail(c, "NOPROTO unsupported protocol version");
-    c->version = (int)version;
+    if (v != 2 && v != 3) return fail(c, "NOPROTO unsupported protocol version");
+    c->version = (int)v;
     if (c->resp) c->resp = c->version;
     const char *const info[] = {
-        "server", "kv",         "version", KV_VERSION, "proto", version == 3 ? "3" : "2",
+        "server", "kv",         "version", KV_VERSION, "proto", v == 3 ? "3" : "2",
         "mode",   "standalone", "role",    "master",   NULL};
     return reply_map(c, info, str("*"));
 }
@@ -1129,11 +1125,11 @@ static bool cmd_select(struct conn *c) {
     return n == 0 ? reply_status(c, "OK") : fail(c, "ERR DB index is out of range");
 }
 
-/* The basic five first; lookups meet them first, too. A family stands together. */
+/* The most used first, for a lookup goes from the top. A family stands together. */
 static const struct command commands[] = {
     {"PING", "[message]", 1, 2, 0, cmd_ping, 0, "PONG, or the message"},
     {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, GROW1,
-     cmd_set, 0, "store a value; replies OK, or (nil) where NX: new, XX: old forbids it"},
+     cmd_set, 0, "store a value; replies OK, or (nil) if NX finds a key or XX none"},
     {"GET", "key", 2, 2, ONE_KEY, cmd_get, 0, "the value of a key; (nil) if it has none"},
     {"INCR", "key", 2, 2, GROW1, cmd_incr, 1, "count; replies the new number, from 0 on"},
     {"DECR", "key", 2, 2, GROW1, cmd_incr, -1, NULL},
@@ -1150,7 +1146,8 @@ static const struct command commands[] = {
     {"TTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1000,
      "s left, P: ms; -1: for ever, -2: no key"},
     {"PTTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1, NULL},
-    {"PERSIST", "key", 2, 2, WRITE1, cmd_persist, 0, "never expire; 1, or 0 if so now"},
+    {"PERSIST", "key", 2, 2, WRITE1, cmd_persist, 0,
+     "never expire; 1, or 0 without a deadline"},
     {"DBSIZE", "", 1, 1, 0, cmd_dbsize, 0, "how many keys there are"},
     {"FLUSHDB", "", 1, ANY, WRITES, cmd_flush, 0, "remove all keys; replies OK"},
     {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, 0, NULL},
@@ -1162,7 +1159,8 @@ static const struct command commands[] = {
      0, "choose the version of RESP; replies what the server is"},
     {"COMMAND", "[DOCS]", 1, ANY, HIDDEN, cmd_command, 0, "an empty list"},
     {"CONFIG", "GET pattern", 3, ANY, HIDDEN, cmd_config, 0, "for redis-benchmark"},
-    {"CLIENT", "ID|SETNAME name|SETINFO...", 2, ANY, HIDDEN, cmd_client, 0, "replies OK"},
+    {"CLIENT", "ID|SETNAME name|SETINFO...", 2, ANY, HIDDEN, cmd_client, 0,
+     "ID: a number; OK"},
     {"SELECT", "0", 2, 2, HIDDEN, cmd_select, 0, "there is one database; replies OK"},
     {"POST", NULL, 1, ANY, HIDDEN, cmd_quit, 1, ""},
     {"Host:", NULL, 1, ANY, HIDDEN, cmd_quit, 1, ""},
@@ -1206,8 +1204,9 @@ static bool run_on_key(struct conn *c, struct slice key) {
     c->hash = (uint32_t)hash;
     pthread_mutex_lock(&s->lock);
     c->link = table_find(s, c->hash, key);
-    if (c->link && !(c->cmd->flags & WRITES)) ++*(*c->link ? &s->hits : &s->misses);
-    bool result = c->link ? c->cmd->run(c) : fail(c, "OOM out of memory");
+    if (c->link && !(c->cmd->flags & WRITES)) *c->link ? s->hits++ : s->misses++;
+    c->out.failed |= !c->link; /* then the connection ends */
+    bool result = c->link && c->cmd->run(c);
     pthread_mutex_unlock(&s->lock);
     return result;
 }
@@ -1234,7 +1233,7 @@ static const char *why_not(const struct buf *b, const char *timeout) {
     return b->failed ? "out of memory" : errno == EAGAIN ? timeout : strerror(errno);
 }
 
-/* Sends all replies. Blocks as long as the client does not take them. */
+/* Sends all replies; waits for the client, up to --timeout. Sets closing on failure. */
 static void flush(struct conn *c) {
     const char *why = c->out.failed ? "out of memory" : NULL; /* no half replies */
     for (size_t sent = 0; !why && sent < c->out.len;) {
@@ -1274,16 +1273,16 @@ static void fill(struct conn *c) {
         fail(c, "ERR the last line has no newline: it may be cut short and is not run");
 }
 
-/* Closes fd so that the client sees the last replies: it is told first, and what it still
-   sends is read for up to linger ms, for closing a socket with unread input makes TCP
-   forget what is under way. */
-static void hang_up(int fd, int linger) {
+/* Closes fd so that the client sees the last replies: it is told first, then what it
+   still sends is read, for 2 x ms at most: closing with unread input makes TCP forget
+   what is under way. */
+static void hang_up(int fd, int ms) {
     char unread[1024];
-    struct timeval wait = {linger / 1000, 1};
-    int64_t end = ticks() + linger * SECOND / 1000;
-    bool more = setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof wait) == 0 &&
-                shutdown(fd, SHUT_WR) == 0;
-    while (more) more = recv(fd, unread, sizeof unread, 0) > 0 && ticks() < end;
+    struct timeval wait = {ms / 1000, 1}; /* 0, 0 would mean for ever */
+    int64_t end = ticks() + ms * SECOND / 1000;
+    bool go = setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof wait) == 0 &&
+              shutdown(fd, SHUT_WR) == 0;
+    while (go) go = recv(fd, unread, 1024, ms ? 0 : MSG_DONTWAIT) > 0 && ticks() < end;
     close(fd);
 }
 
@@ -1299,8 +1298,8 @@ static void run_counted(struct conn *c, const char *who) {
     if (start) say(COMMAND, "%s%s (%ld us)", who, line, (long)(ticks() - start) / 1000);
 }
 
-/* A connection's thread: reads, runs all requests that have arrived, sends all their
-   replies at once. */
+/* A connection's thread: reads, runs all requests that have arrived, sends all replies at
+   once. */
 static void *conn_main(void *arg) {
     struct conn c;
     memset(&c, 0, offsetof(struct conn, argv)); /* touching argv would cost memory */
@@ -1326,7 +1325,7 @@ static void *conn_main(void *arg) {
 }
 
 /* === 11 The server ================================================================= */
-/* Turns a client away without waiting for it; the log says why, once a second at most. */
+/* Turns a client away, in RESP's form, without waiting; logs why, once a second. */
 static void refuse(int fd, const char *why) {
     static const char reply[] = "-ERR max number of clients reached\r\n";
     static time_t logged; /* only main is ever here */
@@ -1358,7 +1357,7 @@ static void start_client(int fd) {
 /* Accepts who is waiting, within bounds, so that signals get their turn. */
 static void accept_clients(int listener) {
     static int spare = -1; /* a descriptor to give up when there is no other */
-    for (int i = 0; i < SOMAXCONN; i++) {
+    for (int i = 0; i < 256; i++) {
         if (spare < 0) spare = open("/dev/null", O_RDONLY);
         int fd = accept(listener, NULL, NULL);
         if (fd < 0 && errno == EAGAIN) return;
@@ -1368,8 +1367,9 @@ static void accept_clients(int listener) {
             const char *why = strerror(errno);
             close(spare);
             spare = -1;
-            refuse(accept(listener, NULL, NULL), why);
-            nanosleep(&(struct timespec){0, 1000000}, NULL);
+            fd = accept(listener, NULL, NULL);
+            refuse(fd, why);
+            if (fd < 0) nanosleep(&(struct timespec){0, 1000000}, NULL);
         }
     }
 }
@@ -1382,7 +1382,7 @@ static bool is_loopback(const struct sockaddr *sa) {
                                     : IN6_IS_ADDR_LOOPBACK(&v6->sin6_addr);
 }
 
-/* Binds the first address that --bind names and that is free. Returns the listener. */
+/* Binds the first address that --bind names and that is free. Returns it, or exits. */
 static int listen_on(void) {
     const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE};
     struct addrinfo *all, *a;
@@ -1411,15 +1411,14 @@ static volatile sig_atomic_t signals;
 
 static void on_signal(int number) { signals += number != 0; }
 
-/* Waits for signals and, until then, for input at listener, or with -1 for 5 ms. */
-static void wait_for_signal(int listener) {
+/* Waits for a signal or a client at listener, which may be -1; at most for most. */
+static void wait_for_signal(int listener, const struct timespec *most) {
     sigset_t none;
     fd_set ready;
     sigemptyset(&none);
     FD_ZERO(&ready);
     if (listener >= 0) FD_SET((size_t)listener, &ready);
-    pselect(listener + 1, &ready, NULL, NULL,
-            listener < 0 ? &(struct timespec){0, 5000000} : NULL, &none);
+    pselect(listener + 1, &ready, NULL, NULL, most, &none);
 }
 
 /* Ends the connections. After SHUT_RD a thread still reads what has arrived (on Linux),
@@ -1428,13 +1427,12 @@ static void wait_for_signal(int listener) {
 static bool stop_clients(void) {
     int64_t end = ticks();
     say(INFO, "stopping with %ld clients", atomic_load(&connected));
-    for (int stage = 1; stage <= 2; stage++) {
+    for (int n = 1; n <= 2; n++) {
         end += STOP_GRACE * SECOND / 1000;
-        atomic_store(&stopping, stage);
-        for (int fd = 3; fd < max_fds; fd++)
-            shutdown(fd, stage == 1 ? SHUT_RD : SHUT_RDWR);
+        atomic_store(&stopping, n);
+        for (int fd = 3; fd < max_fds; fd++) shutdown(fd, n == 1 ? SHUT_RD : SHUT_RDWR);
         while (atomic_load(&connected) > 0 && ticks() < end) {
-            wait_for_signal(-1);
+            wait_for_signal(-1, &(struct timespec){0, 5000000});
             if (signals > 1) exit(say(ERROR, "second signal: stopped at once"));
         }
     }
@@ -1486,8 +1484,8 @@ int main(int argc, char **argv) {
     if (error) exit(say(ERROR, "cannot start a thread: %s", strerror(error)));
     say(INFO, "listening on %s", address_of(listener, getsockname).text);
     while (!signals) {
-        wait_for_signal(listener);
-        accept_clients(listener); /* after a signal once more: who came before it */
+        wait_for_signal(listener, NULL);
+        accept_clients(listener); /* after a signal, too: who came before it */
     }
     close(listener);
     if (!stop_clients()) return 0; /* a thread is busy: leave all as it is */
