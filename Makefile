@@ -57,7 +57,7 @@ deps: ## install what the tests need: bats 1.8 or newer, nc, redis-cli
 
 deps-all: deps ## and what make lint, .ci/run and comparisons with Redis need
 	@$(call install,gcc clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
-	    strace redis-server,llvm cppcheck shellcheck cloc)
+	    strace redis-server python3-redis,llvm cppcheck shellcheck cloc)
 
 # Debian starts the service of a package that it installs, unless a policy says no.
 POLICY  = /usr/sbin/policy-rc.d

@@ -107,7 +107,11 @@ gone() { ! kill -0 "$@" 2>/dev/null; } # PID...: whether none of them runs
 wait_until() { # COMMAND...
     local end=$((SECONDS + ${patience:-20}))
     until "$@" >"$tmp/waiting"; do
-        ((SECONDS < end)) && [[ ! ${BATS_INTERRUPTED:-} ]] || { echo "waited in vain until: $*" && cat "$tmp/waiting" && return 1; }
+        if ((SECONDS >= end)) || [[ ${BATS_INTERRUPTED:-} ]]; then # the latter by Ctrl-C
+            echo "waited in vain until: $*"
+            cat "$tmp/waiting"
+            return 1
+        fi
         sleep 0.02
     done
 }
