@@ -695,7 +695,7 @@ static struct entry *table_store(struct table *t, struct entry **link, uint32_t 
     e->vlen = (uint32_t)value.len;
     memmove(e->data + e->klen, value.p, value.len); /* its own value: not moved */
     account(t, was, now);
-    if (t->count > (size_t)2 << t->bits && t->bits < 32) table_resize(t, t->bits + 1);
+    if (t->count * 2 >> t->bits >= 3 && t->bits < 32) table_resize(t, t->bits + 1);
     return e;
 }
 
