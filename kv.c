@@ -37,7 +37,9 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -48,8 +50,8 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/resource.h>
-#include <sys/select.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef __GLIBC__
@@ -65,7 +67,8 @@
 /* MAX_SHOWN bytes of a client's word are repeated by an error or the log; a connection's
    buffers begin with SMALL_BUF bytes and shrink back to that; replies are sent when
    IO_CHUNK bytes have gathered; a STACK costs only the pages that were touched. */
-enum { MAX_WORDS = 1024, MAX_SHOWN = 64, COUNTER_STRIDE = 8 };
+enum { MAX_WORDS = 1024, MAX_SHOWN = 64, OPEN_WORDS = 10, OPEN_BYTES = 16384 };
+enum { FEW_CLIENTS = 100, LOOKS = 10 };
 enum { SMALL_BUF = 1024, IO_CHUNK = 65536, STACK = 65536 };
 
 /* The expiry thread looks every TICK and removes up to BATCH entries per lock; KEYS looks
@@ -91,22 +94,23 @@ struct buf {
    the next request starts at pos; of a line, the scanned bytes from there hold no
    newline. out: replies not yet sent. resp: the form of request and reply, 0: text, 2 or
    3: RESP. version: of RESP, chosen by HELLO. crlf: lines of the reply end in CRLF.
-   skipping: inside a line that is too long. closing: why to close as soon as the replies
+   skipping: inside a line that is too long. authed: no password is needed, or it was
+   given; tries: how often a wrong one was. closing: why to close as soon as the replies
    are out, or NULL. broken: then without lingering. argv: the argc words of the request,
-   which point into in. bytes: the sum of their lengths. While cmd works on a key: key;
-   shard: the key's, locked; hash: its part for the table; link: points at the key's
-   entry, or is where the pointer to a new one goes. */
+   which point into in. bytes: the sum of their lengths. ran: commands not yet counted.
+   While cmd works on a key: key; shard: the key's, locked; hash: its part for the table;
+   link: points at the key's entry, or is where the pointer to a new one goes. */
 struct conn {
-    int fd, resp, version;
-    bool crlf, skipping, broken;
+    int fd, resp, version, tries;
+    bool crlf, skipping, broken, authed;
     const char *closing;
     struct buf in, out;
-    size_t pos, scanned, argc, bytes;
+    size_t pos, scanned, argc, bytes, ran;
     const struct command *cmd;
     struct shard *shard;
     struct entry **link;
     uint32_t hash;
-    struct slice key, argv[MAX_WORDS];
+    struct slice key, *argv;
 };
 
 /* A string to return by value. */
@@ -114,20 +118,18 @@ struct text {
     char text[4 * MAX_SHOWN + 8];
 };
 
-/* Commands run, by the connection's descriptor: each is written by one thread at a time
-   and, COUNTER_STRIDE apart, has a cache line of its own. */
-static atomic_ulong *commands_by_fd;
-static long max_fds;                       /* a client's descriptor is below this */
+static int max_fds;                        /* a client's descriptor is below this */
 static atomic_long connected, connections; /* now, and ever */
-static int64_t started;                    /* in ticks() */
+static atomic_size_t commands_run;
+static int64_t started;     /* in ticks() */
 static atomic_int stopping; /* 0: serving; 1: answering what has arrived; 2: giving up */
 
 /* === 1 Options and log ============================================================= */
 static struct {
-    const char *bind;
-    long port, max_clients, timeout, max_memory, max_value, shards;
+    const char *bind, *password_file;
+    long port, max_clients, timeout, max_value, shards;
     long insecure, verbose, quiet, help, version;
-} opt = {"127.0.0.1", 8080, 10000, 0, 0, 1 << 20, 256, 0, 0, 0, 0, 0};
+} opt = {"127.0.0.1", NULL, 8080, 10000, 0, 1 << 20, 256, 0, 0, 0, 0, 0};
 
 /* A row says all about an option: parsing, checks and --help use it. No arg: a switch, a
    long that counts. With a max: a number, a long. Else a string. */
@@ -142,9 +144,9 @@ static const struct option {
     {"-b,", "bind", "ADDR", &opt.bind, 0, 0, "127.0.0.1; IPv4, IPv6 or a host name"},
     {"-c,", "max-clients", "N", &opt.max_clients, 1, 1000000, "10000"},
     {"-t,", "timeout", "SECONDS", &opt.timeout, 0, 1000000, "0: never; close when idle"},
-    {"-m,", "max-memory", "MB", &opt.max_memory, 0, 1 << 30, "0: no limit, else OOM"},
     {"", "max-value", "BYTES", &opt.max_value, 1, 1 << 29, "1048576; the longest word"},
     {"-s,", "shards", "N", &opt.shards, 1, 4096, "256; a power of two"},
+    {"-P,", "password-file", "FILE", &opt.password_file, 0, 0, "none; clients must AUTH"},
     {"", "insecure", "", &opt.insecure, 0, 0, "serve the network openly"},
     {"-v,", "verbose", "", &opt.verbose, 0, 0, "log connections, -vv every command"},
     {"-q,", "quiet", "", &opt.quiet, 0, 0, "log only trouble"},
@@ -198,7 +200,7 @@ static PRINTF_LIKE(2) int say(enum level level, const char *fmt, ...) {
 /* Accepts -n value, -nvalue, --name value, --name=value and -vv. To getopt a word that
    begins with -- is option '-' with the rest as value; ':' lacks its value. */
 static void parse_options(int argc, char **argv) {
-    for (int letter; (letter = getopt(argc, argv, ":p:b:c:t:m:s:vqhV-:")) != -1;) {
+    for (int letter; (letter = getopt(argc, argv, ":p:b:c:t:s:P:vqhV-:")) != -1;) {
         const struct option *o = options;
         char *name = letter == '-' ? optarg : NULL, *end;
         char *value = letter == ':' ? NULL : optarg;
@@ -228,7 +230,7 @@ static void parse_options(int argc, char **argv) {
 static int print_help(void) {
     puts("kv " KV_VERSION ", a key-value server; talk to it with: nc localhost 8080");
     for (const struct option *o = options; opt.help && o->name; o++)
-        printf("  %3s --%-11s %-7s  %s\n", o->letter, o->name, o->arg, o->help);
+        printf("  %3s --%-13s %-7s  %s\n", o->letter, o->name, o->arg, o->help);
     return fflush(stdout) ? say(ERROR, "cannot print: %s", strerror(errno)) : 0;
 }
 
@@ -265,6 +267,20 @@ static void buf_add(struct buf *b, const void *p, size_t n) {
     if (!to || n == 0) return;
     memcpy(to, p, n);
     b->len += n;
+}
+
+/* Puts a type byte, n and CRLF, as RESP has them, in front of what b holds from start. */
+static void buf_header(struct buf *b, size_t start, char type, size_t n) {
+    char text[24] = "", *p = text + 22;
+    memcpy(p, "\r\n", 2);
+    do *--p = (char)('0' + n % 10);
+    while (n /= 10);
+    *--p = type;
+    size_t len = (size_t)(text + 24 - p);
+    if (!buf_reserve(b, len)) return;
+    memmove(b->p + start + len, b->p + start, b->len - start);
+    memcpy(b->p + start, p, len);
+    b->len += len;
 }
 
 /* Gives back the memory of an empty buffer that has grown beyond SMALL_BUF. */
@@ -341,6 +357,8 @@ static const char *take_word(char **at, char *end, struct slice *word) {
 static const char *add_word(struct conn *c, struct slice word) {
     size_t max = (size_t)opt.max_value;
     c->bytes += word.len;
+    if (!c->authed && (c->argc == OPEN_WORDS || c->bytes > OPEN_BYTES))
+        return "before AUTH a request over 10 words or 16 KiB is too long";
     if (c->argc == MAX_WORDS) return "a request of more than 1024 words is too long";
     if (word.len > max) return "a word over --max-value is too long";
     if (c->bytes > 2 * max + IO_CHUNK)
@@ -389,9 +407,11 @@ static bool take_length(struct conn *c, size_t *at, char type, int64_t max, int6
 static bool take_array(struct conn *c) {
     size_t at = c->pos;
     int64_t words = 0, len = 0;
-    if (!take_length(c, &at, '*', MAX_WORDS, &words)) return false;
+    if (!take_length(c, &at, '*', c->authed ? MAX_WORDS : OPEN_WORDS, &words))
+        return false;
     while (words-- > 0) {
-        if (!take_length(c, &at, '$', opt.max_value, &len)) return false;
+        if (!take_length(c, &at, '$', c->authed ? opt.max_value : OPEN_BYTES, &len))
+            return false;
         struct slice word = {c->in.p + at, (size_t)len};
         if (c->in.len - at < word.len + 2) return false;
         at += word.len + 2;
@@ -407,7 +427,8 @@ static bool take_array(struct conn *c) {
    false when it has not arrived in full, or c is closing. True with argc 0: there is
    nothing to run, for the line was empty, or it was wrong and has been answered. */
 static bool next_request(struct conn *c) {
-    size_t limit = 4 * (size_t)opt.max_value + IO_CHUNK, n = c->in.len - c->pos;
+    size_t limit = c->authed ? 4 * (size_t)opt.max_value + IO_CHUNK : OPEN_BYTES,
+           n = c->in.len - c->pos;
     char *line = c->in.p + c->pos;
     c->argc = c->bytes = 0;
     if (n > 0 && !c->skipping && *line == '\xff') c->closing = "interrupted by telnet";
@@ -505,20 +526,9 @@ static bool reply_nil(struct conn *c) {
     return reply(c, c->resp == 3 ? "_" : "$-1", str(c->resp ? "" : "(nil)"));
 }
 
-/* Puts a RESP type and length in front of what stands in c->out from start on. */
-static bool reply_header(struct conn *c, size_t start, char type, size_t n) {
-    char text[24];
-    size_t len = (size_t)snprintf(text, sizeof text, "%c%zu\r\n", type, n);
-    if (!buf_reserve(&c->out, len)) return true;
-    memmove(c->out.p + start + len, c->out.p + start, c->out.len - start);
-    memcpy(c->out.p + start, text, len);
-    c->out.len += len;
-    return true;
-}
-
 /* A value: in text bare, or quoted where that could be misread. */
 static bool reply_str(struct conn *c, struct slice s, bool as_word) {
-    if (c->resp) reply_header(c, c->out.len, '$', s.len);
+    if (c->resp) buf_header(&c->out, c->out.len, '$', s.len);
     if (c->resp || is_bare(s, as_word)) return reply(c, "", s);
     char *to = buf_reserve(&c->out, 4 * s.len + 3);
     if (to) c->out.len += quote(to, s);
@@ -529,8 +539,8 @@ static bool reply_value(struct conn *c, struct slice s) { return reply_str(c, s,
 
 /* Ends a reply of n lines that stands in c->out from start on. */
 static bool reply_list(struct conn *c, size_t start, size_t n, const char *noun) {
-    if (c->resp) return reply_header(c, start, '*', n);
-    return reply_format(c, "", "(%zu %s%s)", n, noun, n == 1 ? "" : "s");
+    if (c->resp) buf_header(&c->out, start, '*', n);
+    return c->resp || reply_format(c, "", "(%zu %s%s)", n, noun, n == 1 ? "" : "s");
 }
 
 /* === 5 Hashing ===================================================================== */
@@ -592,7 +602,7 @@ struct deadline {
 /* Buckets stand in the order of the hash: bucket i of 2^bits holds the hashes whose upper
    bits are i. So a walk by ascending hash can pause, and a table that doubles or halves
    meanwhile makes it neither miss an entry nor see one twice. heap[0] expires next; bytes
-   count entries, buckets and heap, without malloc's overhead. All zero is empty. */
+   count the entries, without malloc's overhead. All zero is empty. */
 struct table {
     struct entry **buckets;
     struct deadline *heap;
@@ -600,14 +610,13 @@ struct table {
     int bits;
 };
 
-/* Whoever works on a shard holds its lock; only walk, expire_some and sum_at take it
+/* Whoever works on a shard holds its lock; only walk, expiry_main and sum_at take it
    themselves. No two shards share a cache line. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
     size_t hits, misses, expired;
 } * shards;
-static atomic_size_t used_memory; /* the sum of bytes; stays 0 without --max-memory */
 
 static void deadline_clear(struct table *t, struct entry *e);
 
@@ -617,13 +626,6 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 
 static struct slice entry_value(struct entry *e) {
     return (struct slice){e->data + e->klen, e->vlen};
-}
-
-/* Keeps the books: what took was bytes takes now bytes. The difference may wrap; so does
-   the sum. */
-static void account(struct table *t, size_t was, size_t now) {
-    t->bytes += now - was;
-    if (opt.max_memory) atomic_fetch_add(&used_memory, now - was);
 }
 
 static struct entry **bucket_of(const struct table *t, uint32_t hash) {
@@ -643,21 +645,18 @@ static void table_resize(struct table *t, int bits) {
             t->buckets[i] = e->next;
             e->next = *link;
         }
-    account(&to, t->buckets ? sizeof *to.buckets << t->bits : 0,
-            sizeof *to.buckets << bits);
     free(t->buckets);
     *t = to;
 }
 
-/* Takes out and frees the entry at *link. Links are stale then: the table may shrink. */
+/* Takes out and frees the entry at *link. The buckets stay: a table never shrinks. */
 static void table_remove(struct table *t, struct entry **link) {
     struct entry *e = *link;
     deadline_clear(t, e);
     *link = e->next;
-    account(t, sizeof *e + e->klen + e->vlen, 0);
+    t->bytes -= sizeof *e + e->klen + e->vlen;
     free(e);
-    if (--t->count < (size_t)1 << t->bits >> 3 && t->bits > MIN_BITS)
-        table_resize(t, t->bits - 1);
+    t->count--;
 }
 
 /* Returns a link, where *link is the live entry of key, or NULL if it has none. Returns
@@ -684,7 +683,7 @@ static struct entry *table_store(struct table *t, struct entry **link, uint32_t 
     struct entry *old = *link, *e = old;
     size_t was = old ? sizeof *e + e->klen + e->vlen : 0;
     size_t now = sizeof *e + key.len + value.len;
-    if (was != now && !(e = realloc(old, now))) return NULL;
+    if ((!old || was != now) && !(e = realloc(old, now))) return NULL;
     if (!old) {
         *e = (struct entry){NULL, hash, (uint32_t)key.len, 0, NO_SLOT};
         memcpy(e->data, key.p, key.len);
@@ -694,7 +693,7 @@ static struct entry *table_store(struct table *t, struct entry **link, uint32_t 
     *link = e;
     e->vlen = (uint32_t)value.len;
     memmove(e->data + e->klen, value.p, value.len); /* its own value: not moved */
-    account(t, was, now);
+    t->bytes += now - was; /* a difference below 0 wraps, and so does the sum */
     if (t->count * 2 >> t->bits >= 3 && t->bits < 32) table_resize(t, t->bits + 1);
     return e;
 }
@@ -703,7 +702,6 @@ static struct entry *table_store(struct table *t, struct entry **link, uint32_t 
 static void table_free(struct table *t) {
     for (size_t i = 0; t->buckets && i < (size_t)1 << t->bits; i++)
         for (struct entry *e; (e = t->buckets[i]); free(e)) t->buckets[i] = e->next;
-    account(t, t->bytes, 0);
     free(t->buckets);
     free(t->heap);
 }
@@ -755,7 +753,6 @@ static void heap_sift(struct table *t, size_t i, struct deadline d) {
 static bool heap_resize(struct table *t, size_t cap) {
     struct deadline *heap = realloc(t->heap, cap * sizeof *heap);
     if (!heap) return false;
-    account(t, t->heap_cap * sizeof *heap, cap * sizeof *heap);
     t->heap = heap;
     t->heap_cap = cap;
     return true;
@@ -773,31 +770,29 @@ static void deadline_clear(struct table *t, struct entry *e) {
     struct deadline last = t->heap[--t->heap_len];
     if (last.entry != e) heap_sift(t, (size_t)e->slot, last);
     e->slot = NO_SLOT;
-    if (t->heap_len < t->heap_cap / 4) heap_resize(t, t->heap_cap / 2);
 }
 
-/* Removes up to BATCH entries past their deadline. Returns whether there may be more. */
-static bool expire_some(struct shard *s, int64_t now) {
-    struct table *t = &s->table;
-    int n = 0;
-    pthread_mutex_lock(&s->lock);
-    for (; n < BATCH && t->heap_len > 0 && t->heap[0].when <= now; n++) {
-        struct entry **link = bucket_of(t, t->heap[0].entry->hash);
-        while (*link != t->heap[0].entry) link = &(*link)->next;
-        table_remove(t, link);
-    }
-    s->expired += (uint64_t)n;
-    pthread_mutex_unlock(&s->lock);
-    return n == BATCH;
-}
-
-/* The expiry thread: goes round the shards, again at once if more may be due, else after
-   TICK. A round that finds nothing looks at one deadline per shard. */
+/* The expiry thread: goes round the shards and removes what is past its deadline, up to
+   BATCH entries under one lock; again at once if there may be more, else after TICK. A
+   round that finds nothing looks at one deadline per shard. */
 static void *expiry_main(void *unused) {
     for (bool more = false, was = false; !atomic_load(&stopping); was = more) {
         more = false;
-        for (struct shard *s = shards; s < shards + opt.shards; s++)
-            more |= expire_some(s, now_ms());
+        for (struct shard *s = shards; s < shards + opt.shards; s++) {
+            int n = 0;
+            pthread_mutex_lock(&s->lock);
+            while (n < BATCH && s->table.heap_len > 0 &&
+                   s->table.heap[0].when <= now_ms()) {
+                struct entry *due = s->table.heap[0].entry, **link;
+                for (link = bucket_of(&s->table, due->hash); *link != due;)
+                    link = &(*link)->next;
+                table_remove(&s->table, link);
+                n++;
+            }
+            s->expired += (size_t)n;
+            pthread_mutex_unlock(&s->lock);
+            more |= n == BATCH;
+        }
         if (was && !more) malloc_trim(0); /* after many, give memory back */
         /* Even then let others have the lock: with --shards 1 there is only one. */
         nanosleep(&(struct timespec){0, more ? 1000 : TICK * 1000000L}, NULL);
@@ -806,11 +801,11 @@ static void *expiry_main(void *unused) {
 }
 
 /* === 8 Commands ==================================================================== */
-/* WRITES: changes data. GROWS: may need memory, so refused above --max-memory. ONE_KEY:
-   works on the key in argv[1]; EACH_KEY: on each word from argv[1] on, and the reply is
-   for how many of them run returned true. HIDDEN: not in HELP. */
-enum { WRITES = 1, GROWS = 2, ONE_KEY = 4, EACH_KEY = 8, HIDDEN = 16 };
-enum { ANY = MAX_WORDS, WRITE1 = WRITES | ONE_KEY, GROW1 = GROWS | WRITE1 };
+/* WRITES: changes data. ONE_KEY: works on the key in argv[1]; EACH_KEY: on each word from
+   argv[1] on, and the reply is for how many of them run returned true. HIDDEN: not in
+   HELP. OPEN: also before AUTH. */
+enum { WRITES = 1, ONE_KEY = 2, EACH_KEY = 4, HIDDEN = 8, OPEN = 16 };
+enum { ANY = MAX_WORDS, WRITE1 = WRITES | ONE_KEY };
 
 /* A row says all about a command. min and max count words, the name among them. Where it
    works on keys, run is called with the key's shard locked and its entry found; it must
@@ -941,46 +936,43 @@ static bool cmd_persist(struct conn *c) {
     return store(c, entry_value(*c->link), NEVER) && reply_int(c, 1);
 }
 
-/* Whether byte b matches the item of a pattern at *p: ? [a-z] [^a] \x or a byte that
-   stands for itself. Moves *p behind the item. An open class ends with the pattern. */
-static bool glob_item(const char **p, const char *end, unsigned char b) {
-    const char *at = *p;
-    bool escaped = *at == '\\' && end - at > 1;
-    if (*at != '[') {
-        *p = at + 1 + escaped;
-        return (unsigned char)at[escaped] == b || *at == '?';
-    }
-    bool match = false, negate = end - at > 1 && at[1] == '^';
-    for (at += 1 + negate; at < end && *at != ']'; at++) {
-        escaped = *at == '\\' && end - at > 1;
-        unsigned char low = (unsigned char)*(at += escaped), high = low;
-        if (!escaped && end - at > 2 && at[1] == '-') high = (unsigned char)*(at += 2);
+/* Takes the item of a pattern at p: ? [a-z] [^a] \x or a byte that stands for itself.
+   Returns where it ends if byte b matches it, else NULL. The pattern's end ends a class
+   too. */
+static const char *glob_item(const char *p, const char *end, unsigned char b) {
+    bool escaped = *p == '\\' && end - p > 1, match = false;
+    if (*p != '[')
+        return (unsigned char)p[escaped] == b || *p == '?' ? p + 1 + escaped : NULL;
+    bool negate = end - p > 1 && p[1] == '^';
+    for (p += 1 + negate; p < end && *p != ']'; p++) {
+        escaped = *p == '\\' && end - p > 1;
+        unsigned char low = (unsigned char)*(p += escaped), high = low;
+        if (!escaped && end - p > 2 && p[1] == '-') high = (unsigned char)*(p += 2);
         match |= low < high ? low <= b && b <= high : high <= b && b <= low;
     }
-    *p = at + (at < end);
-    return match != negate;
+    return match != negate ? p + (p < end) : NULL;
 }
 
 /* Whether s matches a glob pattern. After a mismatch only the last star takes one byte
    more: whatever an earlier one could take, it can take too. So the time is at most the
    product of both lengths, never exponential. */
 static bool glob_match(struct slice pattern, struct slice s) {
-    const char *p = pattern.p, *end = p + pattern.len, *star = NULL;
-    size_t i = 0, retry = 0;
-    while (i < s.len) {
+    const char *p = pattern.p, *end = p + pattern.len, *star = NULL, *next;
+    for (size_t i = 0, retry = 0; i < s.len || p < end;) {
         if (p < end && *p == '*') {
             star = ++p;
             retry = i;
-        } else if (p < end && glob_item(&p, end, (unsigned char)s.p[i])) {
+        } else if (p < end && i < s.len &&
+                   (next = glob_item(p, end, (unsigned char)s.p[i]))) {
+            p = next;
             i++;
         } else {
-            if (!star) return false;
+            if (!star || retry++ == s.len) return false;
             p = star;
-            i = ++retry;
+            i = retry;
         }
     }
-    while (p < end && *p == '*') p++;
-    return p == end;
+    return true;
 }
 
 /* Keys are copied under the lock, matched and quoted without it. */
@@ -1049,121 +1041,151 @@ static bool cmd_dbsize(struct conn *c) { return reply_int(c, (int64_t)SUM(table.
 /* In RESP a section's head goes where the type would: in front of its first line. */
 static bool cmd_info(struct conn *c) {
     size_t n = 0, start = c->out.len;
-    unsigned long ran = 0;
-    for (long i = 0; i < max_fds; i++) ran += commands_by_fd[i * COUNTER_STRIDE];
     n += reply_format(c, "# Server\r\n", "kv_version:%s", KV_VERSION);
     n += reply_format(c, "", "uptime_in_seconds:%d", (int)((ticks() - started) / SECOND));
     n += reply_format(c, "", "shards:%ld", opt.shards);
     n += reply_format(c, "# Clients\r\n", "connected_clients:%ld", connected);
     n += reply_format(c, "", "maxclients:%ld", opt.max_clients);
     n += reply_format(c, "# Memory\r\n", "used_memory:%zu", SUM(table.bytes));
-    n += reply_format(c, "", "maxmemory:%ld", opt.max_memory << 20);
-    n += reply_format(c, "# Persistence\r\n", "loading:0");
     n += reply_format(c, "# Stats\r\n", "total_connections_received:%ld", connections);
-    n += reply_format(c, "", "total_commands_processed:%lu", ran);
+    n += reply_format(c, "", "total_commands_processed:%zu", commands_run + c->ran);
     n += reply_format(c, "", "keyspace_hits:%zu", SUM(hits));
     n += reply_format(c, "", "keyspace_misses:%zu", SUM(misses));
     n += reply_format(c, "", "expired_keys:%zu", SUM(expired));
     n += reply_format(c, "# Keyspace\r\n", "keys:%zu", SUM(table.count));
     n += reply_format(c, "", "expires:%zu", SUM(table.heap_len));
     if (!c->resp) return reply_list(c, start, n, "field");
-    reply_header(c, start, '$', c->out.len - start);
+    buf_header(&c->out, start, '$', c->out.len - start);
     return reply(c, "", str(""));
 }
 
-/* From here on it is just enough for client libraries that ask when they connect. This is
-   a map of those pairs (name, value, name, value, ..., NULL) whose name matches pattern.
-   in RESP a value that is a number is sent as one. */
-static bool reply_map(struct conn *c, const char *const *pairs, struct slice pattern) {
-    int64_t number;
-    size_t n = 0, start = c->out.len;
-    for (; *pairs; pairs += 2) {
-        struct slice name = str(pairs[0]), value = str(pairs[1]);
-        if (!glob_match(pattern, name)) continue;
-        n++;
-        if (!c->resp) reply_format(c, "", "%s:%s", name.p, value.p);
-        else if (reply_value(c, name) && parse_int(value, &number)) reply_int(c, number);
-        else reply_value(c, value);
-    }
-    if (c->resp == 3) return reply_header(c, start, '%', n);
-    return reply_list(c, start, c->resp ? 2 * n : n, "item");
+static char password[1024]; /* empty: none is needed */
+
+/* Reads the first line of --password-file, which nobody else may read. Exits without. */
+static void read_password(void) {
+    struct stat st;
+    FILE *f = fopen(opt.password_file, "r");
+    const char *wrong = NULL;
+    if (!f || fstat(fileno(f), &st) < 0) wrong = strerror(errno);
+    else if (st.st_mode & 077) wrong = "others may read it: chmod 600 helps";
+    else if (!fgets(password, sizeof password, f) || *password == '\n')
+        wrong = "is empty";
+    if (wrong) exit(say(USAGE, "--password-file %s: %s", opt.password_file, wrong));
+    password[strcspn(password, "\n")] = 0;
+    fclose(f);
 }
 
-/* There is no password yet and names are not kept, so AUTH and SETNAME go unread. */
+/* Compares all of word, wherever it differs: the time tells nothing about the password.
+   Replies and returns false if it is wrong; closes after ten. */
+static bool log_in(struct conn *c, struct slice user, struct slice word) {
+    size_t n = strlen(password);
+    int differ =
+        user.len != 7 || memcmp(user.p, "default", 7) != 0 || (n > 0 && n != word.len);
+    for (size_t i = 0; n > 0 && i < word.len; i++) differ |= word.p[i] ^ password[i % n];
+    if (!differ) return c->authed = true;
+    if (++c->tries == 10) c->closing = "ten wrong passwords";
+    return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
+}
+
+static bool cmd_auth(struct conn *c) {
+    if (c->argc > 3) return fail(c, "ERR syntax error");
+    if (!*password && c->argc == 2)
+        return fail(c,
+                    "ERR AUTH <password> called without any password configured for the "
+                    "default user. Are you sure your configuration is correct?");
+    struct slice user = c->argc == 3 ? c->argv[1] : str("default");
+    return log_in(c, user, c->argv[c->argc - 1]) && reply_status(c, "OK");
+}
+
+static const char no_hello[] =
+    "NOAUTH HELLO must be called with the client already authenticated, otherwise the "
+    "HELLO <proto> AUTH <user> <pass> option can be used to authenticate the client and "
+    "select the RESP protocol version at the same time";
+
+/* Names of clients are not kept, so SETNAME goes unread. Replies a map: in RESP2 and text
+   that is a list. */
 static bool cmd_hello(struct conn *c) {
     int64_t v = c->version;
     if (c->argc > 1 && !parse_int(c->argv[1], &v))
         return fail(c, "ERR Protocol version is not an integer or out of range");
     if (v != 2 && v != 3) return fail(c, "NOPROTO unsupported protocol version");
+    for (size_t i = 2, takes; i < c->argc; i += takes + 1) {
+        struct slice word = c->argv[i];
+        takes = word_is(word, "AUTH") ? 2 : word_is(word, "SETNAME") ? 1 : c->argc;
+        if (i + takes >= c->argc)
+            return fail(c, "ERR Syntax error in HELLO option '%s'", show(word).text);
+        if (takes == 2 && !log_in(c, c->argv[i + 1], c->argv[i + 2])) return false;
+    }
+    if (!c->authed) return fail(c, "%s", no_hello);
     c->version = (int)v;
     if (c->resp) c->resp = c->version;
     const char *const info[] = {
-        "server", "kv",         "version", KV_VERSION, "proto", v == 3 ? "3" : "2",
-        "mode",   "standalone", "role",    "master",   NULL};
-    return reply_map(c, info, str("*"));
+        "server",           "kv",   "version",    KV_VERSION, "proto",
+        v == 3 ? "3" : "2", "mode", "standalone", "role",     "master"};
+    size_t start = c->out.len;
+    for (int i = 0; i < 10; i++)
+        if (c->resp && i == 5) reply_int(c, v);
+        else if (c->resp) reply_value(c, str(info[i]));
+        else if (i % 2) reply_format(c, "", "%s:%s", info[i - 1], info[i]);
+    if (c->resp < 3) return reply_list(c, start, c->resp ? 10 : 5, "item");
+    buf_header(&c->out, start, '%', 5);
+    return true;
 }
 
-static bool cmd_config(struct conn *c) {
-    static const char *const settings[] = {"save", "", "appendonly", "no", NULL};
-    if (word_is(c->argv[1], "GET")) return reply_map(c, settings, c->argv[2]);
-    return fail(c, "ERR only CONFIG GET is known");
-}
-
-/* COMMAND: an empty list says that there is nothing special to know. */
-static bool cmd_command(struct conn *c) { return reply_list(c, c->out.len, 0, "item"); }
-
-static bool cmd_client(struct conn *c) {
-    struct slice sub = c->argv[1];
-    if (word_is(sub, "ID")) return reply_int(c, c->fd);
-    if (word_is(sub, "SETNAME") || word_is(sub, "SETINFO")) return reply_status(c, "OK");
-    return fail(c, "ERR unknown subcommand '%s'", show(sub).text);
-}
-
-static bool cmd_select(struct conn *c) {
-    int64_t n;
-    if (!parse_int(c->argv[1], &n)) return fail(c, NOT_INT);
+/* Just enough for client libraries that ask on connecting. COMMAND, number 0: an empty
+   list says that there is nothing special to know. CONFIG, 1: each setting is empty.
+   CLIENT, 2: names are not kept, so a client may say of itself what it likes. SELECT, 3:
+   there is one database. */
+static bool cmd_ask(struct conn *c) {
+    size_t start = c->out.len, number = (size_t)c->cmd->number;
+    int64_t n = 0;
+    if (number == 1) reply_str(c, c->argv[2], true);
+    if (number == 1) reply_str(c, str(""), true);
+    if (number < 2) return reply_list(c, start, 2 * number, "item");
+    if (number == 2 && word_is(c->argv[1], "ID")) return reply_int(c, c->fd);
+    if (number == 3 && !parse_int(c->argv[1], &n)) return fail(c, NOT_INT);
     return n == 0 ? reply_status(c, "OK") : fail(c, "ERR DB index is out of range");
 }
 
 /* The most used first, for a lookup goes from the top. A family stands together. */
 static const struct command commands[] = {
-    {"PING", "[message]", 1, 2, 0, cmd_ping, 0, "PONG, or the message"},
-    {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, GROW1,
+    {"PING", "[message]", 1, 2, OPEN, cmd_ping, 0, "PONG, or the message"},
+    {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, WRITE1,
      cmd_set, 0, "store a value; replies OK, or (nil) if NX finds a key or XX none"},
     {"GET", "key", 2, 2, ONE_KEY, cmd_get, 0, "the value of a key; (nil) if it has none"},
-    {"INCR", "key", 2, 2, GROW1, cmd_incr, 1, "count; replies the new number, from 0 on"},
-    {"DECR", "key", 2, 2, GROW1, cmd_incr, -1, NULL},
+    {"INCR", "key", 2, 2, WRITE1, cmd_incr, 1,
+     "count; replies the new number, from 0 on"},
+    {"DECR", "key", 2, 2, WRITE1, cmd_incr, -1, NULL},
     {"DEL", "key...", 2, ANY, WRITES | EACH_KEY, cmd_del, 0, "remove; replies how many"},
     {"EXISTS", "key...", 2, ANY, EACH_KEY, cmd_del, 0, "how many of these exist"},
     {"KEYS", "[pattern]", 1, 2, 0, cmd_keys, 0, "which keys match * ? [a-z] [^a] \\x"},
-    {"INCRBY", "key n", 3, 3, GROW1, cmd_incr, 1, "count by n; replies the new number"},
-    {"DECRBY", "key n", 3, 3, GROW1, cmd_incr, -1, NULL},
+    {"INCRBY", "key n", 3, 3, WRITE1, cmd_incr, 1, "count by n; replies the new number"},
+    {"DECRBY", "key n", 3, 3, WRITE1, cmd_incr, -1, NULL},
     {"EXPIRE", "key n", 3, ANY, WRITE1, cmd_expire, 1000,
      "expire in n s, P: ms, AT: at Unix time; replies 1, or 0 if there is no such key"},
     {"PEXPIRE", "key n", 3, ANY, WRITE1, cmd_expire, 1, NULL},
     {"EXPIREAT", "key n", 3, ANY, WRITE1, cmd_expire, -1000, NULL},
     {"PEXPIREAT", "key n", 3, ANY, WRITE1, cmd_expire, -1, NULL},
-    {"TTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1000,
-     "s left, P: ms; -1: for ever, -2: no key"},
+    {"TTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1000, "s left, P: ms; -1: no end, -2: no key"},
     {"PTTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1, NULL},
     {"PERSIST", "key", 2, 2, WRITE1, cmd_persist, 0,
-     "never expire; 1, or 0 without a deadline"},
+     "do not expire; 1, or 0 if it did not"},
     {"DBSIZE", "", 1, 1, 0, cmd_dbsize, 0, "how many keys there are"},
     {"FLUSHDB", "", 1, ANY, WRITES, cmd_flush, 0, "remove all keys; replies OK"},
     {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, 0, NULL},
     {"ECHO", "message", 2, 2, 0, cmd_ping, 0, "the message"},
     {"INFO", "", 1, ANY, 0, cmd_info, 0, "the state of the server, name:value"},
-    {"HELP", "[command]", 1, 2, 0, cmd_help, 0, "this list, or more on one command"},
-    {"QUIT", "", 1, ANY, 0, cmd_quit, 0, "close the connection; replies OK"},
-    {"HELLO", "[2|3 [AUTH default password] [SETNAME name]]", 1, ANY, HIDDEN, cmd_hello,
-     0, "choose the version of RESP; replies what the server is"},
-    {"COMMAND", "[DOCS]", 1, ANY, HIDDEN, cmd_command, 0, "an empty list"},
-    {"CONFIG", "GET pattern", 3, ANY, HIDDEN, cmd_config, 0, "for redis-benchmark"},
-    {"CLIENT", "ID|SETNAME name|SETINFO...", 2, ANY, HIDDEN, cmd_client, 0,
-     "ID: a number; OK"},
-    {"SELECT", "0", 2, 2, HIDDEN, cmd_select, 0, "there is one database; replies OK"},
-    {"POST", NULL, 1, ANY, HIDDEN, cmd_quit, 1, ""},
-    {"Host:", NULL, 1, ANY, HIDDEN, cmd_quit, 1, ""},
+    {"HELP", "[command]", 1, 2, OPEN, cmd_help, 0, "this list, or more on one command"},
+    {"QUIT", "", 1, ANY, OPEN, cmd_quit, 0, "close the connection; replies OK"},
+    {"AUTH", "[default] password", 2, ANY, OPEN, cmd_auth, 1, "log in; replies OK"},
+    {"HELLO", "[2|3 [AUTH default password] [SETNAME name]]", 1, ANY, HIDDEN | OPEN,
+     cmd_hello, 1, "choose the version of RESP; replies what the server is"},
+    {"COMMAND", "[DOCS]", 1, ANY, HIDDEN, cmd_ask, 0, "an empty list"},
+    {"CONFIG", "GET name", 3, 3, HIDDEN, cmd_ask, 1, "the name, and an empty setting"},
+    {"CLIENT", "ID|SETNAME name|SETINFO...", 2, ANY, HIDDEN, cmd_ask, 2, "OK"},
+    {"SELECT", "0", 2, 2, HIDDEN, cmd_ask, 3, "there is one database; replies OK"},
+    {"POST", NULL, 1, ANY, HIDDEN | OPEN, cmd_quit, 1, ""},
+    {"Host:", NULL, 1, ANY, HIDDEN | OPEN, cmd_quit, 1, ""},
     {NULL, NULL, 0, 0, HIDDEN, NULL, 0, ""},
 };
 
@@ -1216,11 +1238,12 @@ static bool run_request(struct conn *c) {
     const struct command *cmd = c->cmd = find_command(c->argv[0]);
     int64_t n = 0;
     if (!cmd) return fail(c, UNKNOWN, show(c->argv[0]).text);
+    c->ran++;
     if (c->argc < cmd->min || c->argc > cmd->max)
         return fail(c, "ERR wrong number of arguments for '%s' command: %s %s",
                     lower(cmd).text, cmd->name, cmd->args);
-    if (cmd->flags & GROWS && used_memory > (size_t)opt.max_memory << 20)
-        return fail(c, "OOM command not allowed when used memory > 'maxmemory'.");
+    if (!c->authed && !(cmd->flags & OPEN))
+        return fail(c, "NOAUTH Authentication required.");
     if (cmd->flags & ONE_KEY) return run_on_key(c, c->argv[1]);
     if (!(cmd->flags & EACH_KEY)) return cmd->run(c);
     for (size_t i = 1; i < c->argc; i++) n += run_on_key(c, c->argv[i]);
@@ -1228,22 +1251,18 @@ static bool run_request(struct conn *c) {
 }
 
 /* === 9 Connections ================================================================= */
-/* Why a buffer could not be filled or sent. */
-static const char *why_not(const struct buf *b, const char *timeout) {
-    return b->failed ? "out of memory" : errno == EAGAIN ? timeout : strerror(errno);
-}
-
 /* Sends all replies; waits for the client, up to --timeout. Sets closing on failure. */
 static void flush(struct conn *c) {
     const char *why = c->out.failed ? "out of memory" : NULL; /* no half replies */
     for (size_t sent = 0; !why && sent < c->out.len;) {
         ssize_t n = send(c->fd, c->out.p + sent, c->out.len - sent, 0);
         if (n >= 0) sent += (size_t)n;
-        else if (errno != EINTR) why = why_not(&c->out, "replies not taken");
+        else if (errno != EINTR) why = errno == EAGAIN ? "timeout" : strerror(errno);
     }
     c->broken |= why != NULL;
     if (why) c->closing = why;
-    c->out.len = 0;
+    atomic_fetch_add(&commands_run, c->ran);
+    c->out.len = c->ran = 0;
 }
 
 /* Reads more input behind what there is of a request, and waits for it, until --timeout
@@ -1258,16 +1277,19 @@ static void fill(struct conn *c) {
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
     c->pos = 0;
     if (full && in->cap < IO_CHUNK) buf_reserve(in, in->cap - in->len + 1);
-    for (int flags = MSG_DONTWAIT; buf_reserve(in, 1); flags = 0) {
+    int looks = atomic_load(&connected) <= FEW_CLIENTS ? LOOKS : 1;
+    for (int flags = MSG_DONTWAIT; buf_reserve(in, 1); flags = looks > 0 ? flags : 0) {
         do n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
         while (n < 0 && errno == EINTR);
         if (n >= 0 || errno != EAGAIN || !flags) break;
+        if (--looks > 0 && sched_yield() == 0) continue;
         buf_slim(in);
         buf_slim(&c->out);
     }
     if (n > 0) in->len += (size_t)n;
     else if (n == 0) c->closing = "end of input";
-    else c->closing = why_not(in, "timeout");
+    else if (in->failed) c->closing = "out of memory";
+    else c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
     c->broken = n < 0 && (in->failed || errno != EAGAIN);
     if (n == 0 && in->len > 0 && !c->resp && !atomic_load(&stopping))
         fail(c, "ERR the last line has no newline: it may be cut short and is not run");
@@ -1286,14 +1308,15 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* Runs the request and counts it; -vv logs it, with its client and the time it took. */
-static void run_counted(struct conn *c, const char *who) {
-    atomic_ulong *ran = &commands_by_fd[(long)c->fd * COUNTER_STRIDE];
+/* Runs the request; -vv logs it, with its client and the time it took. */
+static void run_logged(struct conn *c, const char *who) {
     int64_t start = logs(COMMAND) ? ticks() : 0;
     char line[512] = "";
     run_request(c);
-    atomic_store_explicit(ran, *ran + 1, memory_order_relaxed);
-    for (size_t i = 0; start && i < c->argc && strlen(line) < sizeof line / 3; i++)
+    size_t shown = c->cmd && c->cmd->flags & OPEN && c->cmd->number
+                       ? 1
+                       : c->argc; /* not a password */
+    for (size_t i = 0; start && i < shown && strlen(line) < sizeof line / 3; i++)
         strcat(strcat(line, " "), show(c->argv[i]).text);
     if (start) say(COMMAND, "%s%s (%ld us)", who, line, (long)(ticks() - start) / 1000);
 }
@@ -1301,17 +1324,16 @@ static void run_counted(struct conn *c, const char *who) {
 /* A connection's thread: reads, runs all requests that have arrived, sends all replies at
    once. */
 static void *conn_main(void *arg) {
-    struct conn c;
-    memset(&c, 0, offsetof(struct conn, argv)); /* touching argv would cost memory */
-    c.fd = (int)(intptr_t)arg;
-    c.version = 2;
+    struct slice words[MAX_WORDS];
+    struct conn c = {
+        .fd = (int)(intptr_t)arg, .version = 2, .authed = !*password, .argv = words};
     atomic_fetch_add(&connections, 1);
     struct text client = logs(CLIENT) ? address_of(c.fd, getpeername) : (struct text){""};
     say(CLIENT, "%s connected", client.text);
     while (!c.closing && atomic_load(&stopping) < 2) {
         fill(&c);
         while (!c.closing && next_request(&c)) {
-            if (c.argc > 0) run_counted(&c, client.text);
+            if (c.argc > 0) run_logged(&c, client.text);
             if (c.out.len >= IO_CHUNK) flush(&c);
         }
         flush(&c);
@@ -1325,84 +1347,68 @@ static void *conn_main(void *arg) {
 }
 
 /* === 11 The server ================================================================= */
-/* Turns a client away, in RESP's form, without waiting; logs why, once a second. */
-static void refuse(int fd, const char *why) {
-    static const char reply[] = "-ERR max number of clients reached\r\n";
-    static time_t logged; /* only main is ever here */
-    if (time(NULL) != logged) say(WARN, "client refused: %s", why);
-    logged = time(NULL);
-    if (fd >= 0 && send(fd, reply, sizeof reply - 1, MSG_DONTWAIT) >= 0) hang_up(fd, 0);
-    else if (fd >= 0) close(fd);
-}
-
 static pthread_attr_t detached; /* of the connections' threads: nobody waits for them */
-/* Starts a thread for the client at fd, or turns it away. */
-static void start_client(int fd) {
+
+/* Accepts a client and starts its thread, or turns it away in RESP's form and logs why,
+   once a second. Returns false when no client is waiting. */
+static bool accept_client(int listener) {
+    static const char full[] = "-ERR max number of clients reached\r\n";
+    static time_t logged;
+    static int spare = -1; /* a descriptor to give up when there is no other */
     const struct timeval timeout = {.tv_sec = opt.timeout};
     pthread_t id;
-    int on = 1, error = 0;
+    if (spare < 0) spare = open("/dev/null", O_RDONLY);
+    int on = 1, fd = accept(listener, NULL, NULL), error = fd < 0 ? errno : 0;
+    if (error == EAGAIN || error == EINTR || error == ECONNABORTED) return false;
+    if (error) { /* Left alone, the client would keep the listener readable. */
+        close(spare);
+        spare = -1;
+        fd = accept(listener, NULL, NULL);
+    }
     /* Without these options a connection works, only less well. */
     (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     (void)setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
     (void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
-    bool full = atomic_fetch_add(&connected, 1) >= opt.max_clients || fd >= max_fds;
-    if (!full) error = pthread_create(&id, &detached, conn_main, (void *)(intptr_t)fd);
-    if (full || error) {
-        atomic_fetch_sub(&connected, 1);
-        refuse(fd, full ? "max number of clients reached" : strerror(error));
-    }
-}
-
-/* Accepts who is waiting, within bounds, so that signals get their turn. */
-static void accept_clients(int listener) {
-    static int spare = -1; /* a descriptor to give up when there is no other */
-    for (int i = 0; i < 256; i++) {
-        if (spare < 0) spare = open("/dev/null", O_RDONLY);
-        int fd = accept(listener, NULL, NULL);
-        if (fd < 0 && errno == EAGAIN) return;
-        if (fd >= 0) start_client(fd);
-        else if (errno != EINTR && errno != ECONNABORTED && errno != EPROTO) {
-            /* Left alone, the client would keep the listener readable and us awake. */
-            const char *why = strerror(errno);
-            close(spare);
-            spare = -1;
-            fd = accept(listener, NULL, NULL);
-            refuse(fd, why);
-            if (fd < 0) nanosleep(&(struct timespec){0, 1000000}, NULL);
-        }
-    }
-}
-
-/* Whether nobody but programs on this machine can get at an address. */
-static bool is_loopback(const struct sockaddr *sa) {
-    const struct sockaddr_in *v4 = (const struct sockaddr_in *)(const void *)sa;
-    const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)(const void *)sa;
-    return sa->sa_family == AF_INET ? ntohl(v4->sin_addr.s_addr) >> 24 == 127
-                                    : IN6_IS_ADDR_LOOPBACK(&v6->sin6_addr);
+    bool many = atomic_fetch_add(&connected, 1) >= opt.max_clients || fd >= max_fds;
+    if (!error && !many)
+        error = pthread_create(&id, &detached, conn_main, (void *)(intptr_t)fd);
+    if (!error && !many) return true;
+    atomic_fetch_sub(&connected, 1);
+    if (time(NULL) != logged)
+        say(WARN, "client refused: %s", many ? "too many clients" : strerror(error));
+    logged = time(NULL);
+    if (fd < 0) nanosleep(&(struct timespec){0, 1000000}, NULL); /* it will be back */
+    else if (send(fd, full, sizeof full - 1, MSG_DONTWAIT) >= 0) hang_up(fd, 0);
+    else close(fd);
+    return fd >= 0;
 }
 
 /* Binds the first address that --bind names and that is free. Returns it, or exits. */
 static int listen_on(void) {
     const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE};
     struct addrinfo *all, *a;
-    char port[8], *hint = "";
+    char port[8];
     int fd = -1, on = 1;
     snprintf(port, sizeof port, "%ld", opt.port);
     int error = getaddrinfo(opt.bind, port, &hints, &all);
     if (error) exit(say(USAGE, "--bind %s: %s", opt.bind, gai_strerror(error)));
     for (a = all; a; a = a->ai_next) {
-        if (!opt.insecure && !is_loopback(a->ai_addr))
-            exit(say(USAGE, "--bind %s: not loopback, which needs --insecure", opt.bind));
         fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
         if (fd >= 0 && !setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) &&
             !fcntl(fd, F_SETFL, O_NONBLOCK) && !bind(fd, a->ai_addr, a->ai_addrlen))
             break;
-        if (errno == EADDRINUSE) hint = "; -p 0 takes any free port";
         if (fd >= 0) close(fd);
     }
+    struct text bound = a ? address_of(fd, getsockname) : (struct text){"127."};
+    if (!opt.insecure && !*password && strncmp(bound.text, "127.", 4) != 0 &&
+        strncmp(bound.text, "[::1]", 5) != 0)
+        exit(say(USAGE,
+                 "--bind %s: not loopback, which needs --password-file or --insecure",
+                 opt.bind));
     if (!a || listen(fd, SOMAXCONN) < 0)
-        exit(say(ERROR, "%s port %s: %s%s", opt.bind, port, strerror(errno), hint));
+        exit(say(ERROR, "%s port %s: %s%s", opt.bind, port, strerror(errno),
+                 errno == EADDRINUSE ? "; -p 0 takes any free port" : ""));
     freeaddrinfo(all);
     return fd;
 }
@@ -1410,16 +1416,6 @@ static int listen_on(void) {
 static volatile sig_atomic_t signals;
 
 static void on_signal(int number) { signals += number != 0; }
-
-/* Waits for a signal or a client at listener, which may be -1; at most for most. */
-static void wait_for_signal(int listener, const struct timespec *most) {
-    sigset_t none;
-    fd_set ready;
-    sigemptyset(&none);
-    FD_ZERO(&ready);
-    if (listener >= 0) FD_SET((size_t)listener, &ready);
-    pselect(listener + 1, &ready, NULL, NULL, most, &none);
-}
 
 /* Ends the connections. After SHUT_RD a thread still reads what has arrived (on Linux),
    answers it, and then sees the end of the input. Who has not taken the replies in time
@@ -1432,7 +1428,7 @@ static bool stop_clients(void) {
         atomic_store(&stopping, n);
         for (int fd = 3; fd < max_fds; fd++) shutdown(fd, n == 1 ? SHUT_RD : SHUT_RDWR);
         while (atomic_load(&connected) > 0 && ticks() < end) {
-            wait_for_signal(-1, &(struct timespec){0, 5000000});
+            nanosleep(&(struct timespec){0, 5000000}, NULL);
             if (signals > 1) exit(say(ERROR, "second signal: stopped at once"));
         }
     }
@@ -1440,19 +1436,15 @@ static bool stop_clients(void) {
 }
 
 /* What must be there before the first thread: descriptors for --max-clients, or as many
-   as we may have, with counters; how threads are made; the seed; the signals. SIGINT and
-   SIGTERM are only counted, and arrive only while main waits in pselect, which lets them
-   through: so none can come between the look at signals and the wait. */
+   as we may have, and some to spare; how threads are made; the seed. */
 static void prepare(void) {
-    static const struct sigaction count = {.sa_handler = on_signal};
     struct rlimit r = {0, 0};
-    sigset_t ours;
-    max_fds = opt.max_clients + 32;
     getrlimit(RLIMIT_NOFILE, &r);
-    r.rlim_cur = r.rlim_max < (rlim_t)max_fds ? r.rlim_max : (rlim_t)max_fds;
-    if (setrlimit(RLIMIT_NOFILE, &r) < 0 || r.rlim_cur < (rlim_t)max_fds)
+    rlim_t want = (rlim_t)opt.max_clients + 32;
+    r.rlim_cur = r.rlim_max < want ? r.rlim_max : want;
+    if (setrlimit(RLIMIT_NOFILE, &r) < 0 || r.rlim_cur < want)
         say(WARN, "only %ld descriptors for --max-clients", (long)r.rlim_cur);
-    commands_by_fd = calloc((size_t)max_fds * COUNTER_STRIDE, sizeof *commands_by_fd);
+    max_fds = (int)r.rlim_cur - 8; /* so that we can always accept, and then refuse */
     if (pthread_attr_init(&detached) || pthread_attr_setstacksize(&detached, STACK) ||
         pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED))
         exit(say(ERROR, "cannot set up threads"));
@@ -1460,13 +1452,11 @@ static void prepare(void) {
     if (fd < 0 || read(fd, seed, sizeof seed) != sizeof seed)
         exit(say(ERROR, "cannot read /dev/urandom: %s", strerror(errno)));
     close(fd);
-    sigemptyset(&ours);
-    sigaddset(&ours, SIGINT);
-    sigaddset(&ours, SIGTERM);
-    pthread_sigmask(SIG_BLOCK, &ours, NULL);
-    sigaction(SIGINT, &count, NULL);
-    sigaction(SIGTERM, &count, NULL);
-    signal(SIGPIPE, SIG_IGN);
+    size_t size = sizeof *shards * (size_t)opt.shards;
+    shards = aligned_alloc(_Alignof(struct shard), size);
+    if (!shards) exit(say(ERROR, "out of memory"));
+    memset(shards, 0, size);
+    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
 }
 
 int main(int argc, char **argv) {
@@ -1474,25 +1464,24 @@ int main(int argc, char **argv) {
     started = ticks();
     parse_options(argc, argv);
     if (opt.help || opt.version) return print_help();
+    if (opt.password_file) read_password();
     prepare();
-    size_t size = sizeof *shards * (size_t)opt.shards;
-    shards = aligned_alloc(_Alignof(struct shard), size);
-    if (!shards || !commands_by_fd) exit(say(ERROR, "out of memory"));
-    memset(shards, 0, size);
-    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
-    int listener = listen_on(), error = pthread_create(&expiry, NULL, expiry_main, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    sigaction(SIGINT, &(struct sigaction){.sa_handler = on_signal}, NULL);
+    sigaction(SIGTERM, &(struct sigaction){.sa_handler = on_signal}, NULL);
+    struct pollfd listener = {.fd = listen_on(), .events = POLLIN};
+    int error = pthread_create(&expiry, NULL, expiry_main, NULL);
     if (error) exit(say(ERROR, "cannot start a thread: %s", strerror(error)));
-    say(INFO, "listening on %s", address_of(listener, getsockname).text);
-    while (!signals) {
-        wait_for_signal(listener, NULL);
-        accept_clients(listener); /* after a signal, too: who came before it */
+    say(INFO, "listening on %s", address_of(listener.fd, getsockname).text);
+    while (!signals) { /* a signal may come just before poll: hence its time limit */
+        poll(&listener, 1, TICK);
+        for (int i = 0; i < 256 && accept_client(listener.fd); i++) continue;
     }
-    close(listener);
+    close(listener.fd);
     if (!stop_clients()) return 0; /* a thread is busy: leave all as it is */
     pthread_join(expiry, NULL);
     for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
     free(shards);
-    free(commands_by_fd);
     say(INFO, "stopped");
     return 0;
 }
