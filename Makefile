@@ -32,6 +32,34 @@ tsan: kv-tsan ## build ./kv-tsan, with ThreadSanitizer
 kv-tsan: kv.c
 	$(CC) $(STRICT) -O1 -g -fno-omit-frame-pointer -fsanitize=thread -o $@ kv.c -pthread
 
+# FUZZ_SECONDS for each of the two; what one finds stays in doc/fuzz/corpus. A variable that
+# is read before it is set holds a pattern that is no pointer.
+FUZZ_SECONDS ?= 60
+FUZZERS       = stream word
+FUZZ          = clang -std=c11 -D_GNU_SOURCE -O1 -g -fsanitize=fuzzer,address,undefined \
+                -fno-sanitize-recover=all -fno-sanitize-coverage=trace-cmp \
+                -ftrivial-auto-var-init=pattern -I.
+
+fuzz: $(FUZZERS:%=kv-fuzz-%) ## throw random input at kv.c; make fuzz FUZZ_SECONDS=600 does it longer
+	@for t in $(FUZZERS); do \
+	    new=$$(mktemp -d); echo "$$t for $(FUZZ_SECONDS) s; new inputs go to $$new"; \
+	    ASAN_OPTIONS=quarantine_size_mb=8 ./kv-fuzz-$$t -max_total_time=$(FUZZ_SECONDS) -timeout=10 \
+	        -max_len=600 -dict=doc/fuzz/kv.dict -artifact_prefix=$$new/ -print_final_stats=1 \
+	        $$new doc/fuzz/corpus/$$t >$$new/log 2>&1 || { tail -n 40 $$new/log; exit 1; }; \
+	    sed -n 's/^stat::number_of_executed_units: */    runs, all clean: /p' $$new/log; \
+	done
+kv-fuzz-%: doc/fuzz/%.c doc/fuzz/system.h kv.c
+	$(FUZZ) -o $@ $< -pthread
+
+# The counts are written when kv ends: tests that end it with kill -9 add nothing.
+coverage: kv-gcov ## run the tests, print how much of kv.c they reach and which lines they do not
+	rm -f kv-gcov-kv.gcda
+	KV=./kv-gcov ./test.sh
+	@gcov -n -o . kv-gcov-kv.gcda | sed -n 's/^Lines executed:/kv.c: /p' | head -n 1
+	@gcov -t -o . kv-gcov-kv.gcda 2>/dev/null | sed -n 's/^ *#####: *//p'
+kv-gcov: kv.c
+	gcc $(STRICT) -O1 -g --coverage -fprofile-update=atomic -o $@ kv.c -pthread
+
 # What clang-tidy is not asked, and why: insecureAPI wants functions that C11 has made optional
 # and libc lacks; swappable parameters and padding are matters of taste; a descriptor is passed to
 # a thread as a pointer; sizeof of a pointer is meant where the table is one of pointers.
@@ -45,7 +73,7 @@ lint: ## check kv.c, the scripts, the references of doc/ and the size budget
 	clang-tidy --quiet --warnings-as-errors='*' --checks='$(TIDY)' kv.c -- $(STRICT)
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 	    --error-exitcode=1 kv.c
-	shellcheck test.sh .ci/run .ci/docrefs .ci/budget
+	shellcheck test.sh bench.sh doc/alternatives/collide.sh .ci/run .ci/docrefs .ci/budget
 	.ci/docrefs
 	.ci/budget
 
@@ -57,7 +85,8 @@ deps: ## install what the tests need: bats 1.8 or newer, nc, redis-cli
 
 deps-all: deps ## and what make lint, .ci/run and comparisons with Redis need
 	@$(call install,gcc clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
-	    strace redis-server python3-redis,llvm cppcheck shellcheck cloc)
+	    strace redis-server python3-redis gnuplot-nox patch,llvm cppcheck shellcheck cloc)
+	@$(call install,libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev,llvm)
 
 # Debian starts the service of a package that it installs, unless a policy says no.
 POLICY  = /usr/sbin/policy-rc.d
@@ -79,10 +108,10 @@ install: kv ## put kv into PREFIX/bin, /usr/local/bin if PREFIX is not given
 	install -m 755 kv '$(DESTDIR)$(PREFIX)/bin/kv'
 
 clean: ## remove what was built
-	rm -f kv kv-asan kv-tsan
+	rm -f kv kv-asan kv-tsan kv-gcov kv-fuzz-* *.gcda *.gcno
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do \
 	    printf '%-9s %s\n' "$$t" "$$d"; done
 
-.PHONY: all run test deps deps-all asan tsan lint format install clean help
+.PHONY: all run test deps deps-all asan tsan fuzz coverage lint format install clean help
