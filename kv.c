@@ -600,7 +600,7 @@ struct deadline {
 };
 
 /* Buckets stand in the order of the hash: bucket i of 2^bits holds the hashes whose upper
-   bits are i. So a walk by ascending hash can pause, and a table that doubles or halves
+   bits are i. So a walk by ascending hash can pause, and a table that doubles
    meanwhile makes it neither miss an entry nor see one twice. heap[0] expires next; bytes
    count the entries, without malloc's overhead. All zero is empty. */
 struct table {
