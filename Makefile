@@ -60,6 +60,15 @@ coverage: kv-gcov ## run the tests, print how much of kv.c they reach and which 
 kv-gcov: kv.c
 	gcc $(STRICT) -O1 -g --coverage -fprofile-update=atomic -o $@ kv.c -pthread
 
+kv-aof: kv.c doc/exercises/append-only-file.patch ## build ./kv-aof, with the file of chapter 10
+	patch -s -o kv-aof.c kv.c doc/exercises/append-only-file.patch
+	$(CC) $(STRICT) $(CFLAGS) $(LDFLAGS) -o $@ kv-aof.c -pthread
+
+test-aof: kv-aof ## run the tests of chapter 10, with what test.sh has around its own
+	awk '/^@test/ { skip = 1 } !skip; /^}/ { skip = 0 }' test.sh | \
+	    cat - doc/exercises/append-only-file.bats >kv-aof.bats
+	KV=./kv-aof bats --tap --timing kv-aof.bats
+
 # What clang-tidy is not asked, and why: insecureAPI wants functions that C11 has made optional
 # and libc lacks; swappable parameters and padding are matters of taste; a descriptor is passed to
 # a thread as a pointer; sizeof of a pointer is meant where the table is one of pointers.
@@ -108,10 +117,10 @@ install: kv ## put kv into PREFIX/bin, /usr/local/bin if PREFIX is not given
 	install -m 755 kv '$(DESTDIR)$(PREFIX)/bin/kv'
 
 clean: ## remove what was built
-	rm -f kv kv-asan kv-tsan kv-gcov kv-fuzz-* *.gcda *.gcno
+	rm -f kv kv-* *.gcda *.gcno
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do \
 	    printf '%-9s %s\n' "$$t" "$$d"; done
 
-.PHONY: all run test deps deps-all asan tsan fuzz coverage lint format install clean help
+.PHONY: all run test deps deps-all asan tsan fuzz coverage test-aof lint format install clean help
