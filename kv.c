@@ -1139,9 +1139,9 @@ static bool cmd_hello(struct conn *c) {
 static bool cmd_ask(struct conn *c) {
     size_t start = c->out.len, number = (size_t)c->cmd->number;
     int64_t n = 0;
-    if (number == 1) reply_str(c, c->argv[2], true);
-    if (number == 1) reply_str(c, str(""), true);
-    if (number < 2) return reply_list(c, start, 2 * number, "item");
+    if (number == 1 && !c->resp) reply_format(c, "", "%s:", show(c->argv[2]).text);
+    else if (number == 1 && reply_value(c, c->argv[2])) reply_value(c, str(""));
+    if (number < 2) return reply_list(c, start, c->resp ? 2 * number : number, "item");
     if (number == 2 && word_is(c->argv[1], "ID")) return reply_int(c, c->fd);
     if (number == 3 && !parse_int(c->argv[1], &n)) return fail(c, NOT_INT);
     return n == 0 ? reply_status(c, "OK") : fail(c, "ERR DB index is out of range");
