@@ -1413,7 +1413,7 @@ static int listen_on(void) {
     return fd;
 }
 
-static volatile sig_atomic_t signals;
+static atomic_int signals; /* that came; any thread may be the one that takes it */
 
 static void on_signal(int number) { signals += number != 0; }
 
