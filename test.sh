@@ -2385,14 +2385,14 @@ PYTHON
     start_kv -s 1
     seq -f 'SET key:%.0f x' 600000 | talk | uniq | is OK
     connect
-    for try in 1 2 3; do # a busy machine may hold up anybody, but not three times
+    for try in 1 2 3 4 5; do # a busy machine may hold up anybody, but not each time
         background bash -c 'yes "KEYS *z" | head -n 30 | timeout 60 nc -N 127.0.0.1 "$1"' - "$port" \
             >/dev/null
         longest=$(quickly slowest_get 300 "$c")
         kill -9 "${helpers[@]}" 2>/dev/null || true # it may have ended
         helpers=()
         echo "try $try: the slowest GET took $longest us"
-        if ((longest < (${#sanitized} ? 200000 : 10000))); then return 0; fi
+        if ((longest < (${#sanitized} ? 200000 : 15000))); then return 0; fi
     done
     false
 }
