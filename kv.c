@@ -68,6 +68,7 @@
    buffers begin with SMALL_BUF bytes and shrink back to that; replies are sent when
    IO_CHUNK bytes have gathered; a STACK costs only the pages that were touched. */
 enum { MAX_WORDS = 1024, MAX_SHOWN = 64, OPEN_WORDS = 10, OPEN_BYTES = 16384 };
+/* With up to FEW_CLIENTS a thread looks LOOKS times for input before it sleeps. */
 enum { FEW_CLIENTS = 100, LOOKS = 10 };
 enum { SMALL_BUF = 1024, IO_CHUNK = 65536, STACK = 65536 };
 
@@ -777,12 +778,12 @@ static void deadline_clear(struct table *t, struct entry *e) {
    round that finds nothing looks at one deadline per shard. */
 static void *expiry_main(void *unused) {
     for (bool more = false, was = false; !atomic_load(&stopping); was = more) {
+        int64_t now = now_ms();
         more = false;
         for (struct shard *s = shards; s < shards + opt.shards; s++) {
             int n = 0;
             pthread_mutex_lock(&s->lock);
-            while (n < BATCH && s->table.heap_len > 0 &&
-                   s->table.heap[0].when <= now_ms()) {
+            while (n < BATCH && s->table.heap_len > 0 && s->table.heap[0].when <= now) {
                 struct entry *due = s->table.heap[0].entry, **link;
                 for (link = bucket_of(&s->table, due->hash); *link != due;)
                     link = &(*link)->next;
@@ -1266,7 +1267,8 @@ static void flush(struct conn *c) {
 }
 
 /* Reads more input behind what there is of a request, and waits for it, until --timeout
-   if there is one. Looks once without waiting: before a thread goes to sleep it gives
+   if there is one. Looks without waiting first, more than once where clients are few, for
+   to sleep and to be woken costs more than that; before a thread goes to sleep it gives
    back what its buffers have grown by, so that an idle connection costs little. Where the
    input ends or fails, says so in closing. */
 static void fill(struct conn *c) {
