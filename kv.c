@@ -3,7 +3,7 @@
  * === 0 The map ======================================================================
  *
  * People talk to kv in lines of text over TCP (nc localhost 8080), client libraries in
- * RESP; it keeps keys and values in memory.
+ * RESP; it keeps keys and values in memory, and with --aof also in a file.
  *
  *      clients             threads                                memory
  *
@@ -12,28 +12,30 @@
  *                         for SIGTERM                          +-- shard 1 ---------+
  *     one client  <---->  connection thread:            ---->  | lock  table  heap  |
  *     one client  <---->    read, split into words,     ---->  +-- ... -------------+
- *     one client  <---->    run the command, reply      ---->  | lock  table  heap  |
- *                                                              +-- shard 255 -------+
- *                         expiry thread: removes what             ^
- *                         has passed its deadline  ---------------+
+ *     one client  <---->    run the command, commit,    ---->  | lock  table  heap  |
+ *                           reply                              +-- shard 255 -------+
+ *                         expiry thread: removes what             ^    | what changed
+ *                         has passed its deadline  ---------------+    v
+ *                                                    file  <----  append-only log
  *
  * A key belongs to the shard that its hash names. A shard is a hash table (key to value)
  * and a heap (what expires next), and one mutex that guards both: two connections wait
  * for each other only when their keys share a shard.
  *
- * Lock order. A thread holds at most one shard lock; FLUSHALL is the exception and takes
- * all of them in the order of their numbers. There is no other lock: what else threads
- * share is atomic, or set before they start. Nothing that may block (a read, a send, a
- * sleep) is done under a lock. Locking a healthy mutex cannot fail, so it goes unchecked.
+ * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
+ * their numbers), and inside it for a moment the log's lock. There is no other: what else
+ * threads share is atomic, or set before they start. Nothing that may block (a read, a
+ * send, a write, a sleep) is done under a lock. Locking a healthy mutex cannot fail.
  *
  * The sections build on each other and each has a chapter of its number in doc/:
- *   1 Options and log   2 Buffers    3 Requests   4 Replies       5 Hashing
- *   6 The table         7 Expiry     8 Commands   9 Connections   11 The server
+ *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
+ *   7 Expiry            8 Commands  9 Connections   10 Append-only file   11 The server
  */
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <libgen.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -44,11 +46,11 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -69,8 +71,7 @@
    IO_CHUNK bytes have gathered; a STACK costs only the pages that were touched. */
 enum { MAX_WORDS = 1024, MAX_SHOWN = 64, OPEN_WORDS = 10, OPEN_BYTES = 16384 };
 /* With up to FEW_CLIENTS a thread looks LOOKS times for input before it sleeps. */
-enum { FEW_CLIENTS = 100, LOOKS = 10 };
-enum { SMALL_BUF = 1024, IO_CHUNK = 65536, STACK = 65536 };
+enum { FEW_CLIENTS = 100, LOOKS = 10, SMALL_BUF = 512, IO_CHUNK = 65536, STACK = 65536 };
 
 /* The expiry thread looks every TICK and removes up to BATCH entries per lock; KEYS looks
    at WALK_BUCKETS per lock. After SIGTERM clients have STOP_GRACE to take their replies,
@@ -91,22 +92,23 @@ struct buf {
     bool failed;
 };
 
-/* One connection, on the stack of its thread; no other thread sees it. in: what was read;
-   the next request starts at pos; of a line, the scanned bytes from there hold no
-   newline. out: replies not yet sent. resp: the form of request and reply, 0: text, 2 or
-   3: RESP. version: of RESP, chosen by HELLO. crlf: lines of the reply end in CRLF.
-   skipping: inside a line that is too long. authed: no password is needed, or it was
-   given; tries: how often a wrong one was. closing: why to close as soon as the replies
-   are out, or NULL. broken: then without lingering. argv: the argc words of the request,
-   which point into in. bytes: the sum of their lengths. ran: commands not yet counted.
+/* One connection, on the stack of its thread; no other thread sees it. resp: the form of
+   request and reply, else text; crlf: lines of the reply end in CRLF. authed: no password
+   is needed, or it was given; tries: wrong ones. closing: why to close as soon as the
+   replies are out, or NULL; broken: then without lingering. in: what was read; the next
+   request starts at pos; of a line, the scanned bytes from there hold no newline. argv:
+   the argc words of the request, which point into in; bytes: the sum of their lengths.
+   out: replies not yet sent, to asked requests; they reveal the log as far as seen; with
+   wrote, one of them may have changed data.
    While cmd works on a key: key; shard: the key's, locked; hash: its part for the table;
    link: points at the key's entry, or is where the pointer to a new one goes. */
 struct conn {
-    int fd, resp, version, tries;
-    bool crlf, skipping, broken, authed;
+    int fd, tries;
+    bool resp, crlf, broken, wrote, authed;
     const char *closing;
-    struct buf in, out;
-    size_t pos, scanned, argc, bytes, ran;
+    struct buf in, words, out;
+    size_t pos, scanned, argc, bytes, asked;
+    uint64_t seen;
     const struct command *cmd;
     struct shard *shard;
     struct entry **link;
@@ -119,41 +121,42 @@ struct text {
     char text[4 * MAX_SHOWN + 8];
 };
 
-static int max_fds;                        /* a client's descriptor is below this */
-static atomic_long connected, connections; /* now, and ever */
-static atomic_size_t commands_run;
-static int64_t started;     /* in ticks() */
-static atomic_int stopping; /* 0: serving; 1: answering what has arrived; 2: giving up */
+static char password[1024]; /* empty: none is needed */
+static int max_fds;         /* a client's descriptor is below this */
+static atomic_long connected;
+static int aof_fd = -1;      /* append-only file; -1: none, -2: it is being replayed */
+static atomic_bool disk_bad; /* it could not be written: writes are refused */
+static atomic_int stopping;  /* 0: serving; 1: answering what has arrived; 2: giving up */
 
 /* === 1 Options and log ============================================================= */
 static struct {
-    const char *bind, *password_file;
+    const char *bind, *fsync, *aof, *password_file;
     long port, max_clients, timeout, max_value, shards;
     long insecure, verbose, quiet, help, version;
-} opt = {"127.0.0.1", NULL, 8080, 10000, 0, 1 << 20, 256, 0, 0, 0, 0, 0};
+} opt = {"127.0.0.1", "everysec", 0, 0, 8080, 10000, 0, 1 << 20, 256, 0, 0, 0, 0, 0};
 
 /* A row says all about an option: parsing, checks and --help use it. No arg: a switch, a
    long that counts. With a max: a number, a long. Else a string. */
 static const struct option {
-    char letter[4]; /* as in --help */
-    const char *name, *arg;
+    const char *letter, *name, *arg, *help; /* as --help prints them */
     void *to;
     long min, max;
-    const char *help;
 } options[] = {
-    {"-p,", "port", "N", &opt.port, 0, 65535, "8080; 0: any free port"},
-    {"-b,", "bind", "ADDR", &opt.bind, 0, 0, "127.0.0.1; IPv4, IPv6 or a host name"},
-    {"-c,", "max-clients", "N", &opt.max_clients, 1, 1000000, "10000"},
-    {"-t,", "timeout", "SECONDS", &opt.timeout, 0, 1000000, "0: never; close when idle"},
-    {"", "max-value", "BYTES", &opt.max_value, 1, 1 << 29, "1048576; the longest word"},
-    {"-s,", "shards", "N", &opt.shards, 1, 4096, "256; a power of two"},
-    {"-P,", "password-file", "FILE", &opt.password_file, 0, 0, "none; clients must AUTH"},
-    {"", "insecure", "", &opt.insecure, 0, 0, "serve the network openly"},
-    {"-v,", "verbose", "", &opt.verbose, 0, 0, "log connections, -vv every command"},
-    {"-q,", "quiet", "", &opt.quiet, 0, 0, "log only trouble"},
-    {"-h,", "help", "", &opt.help, 0, 0, "print this"},
-    {"-V,", "version", "", &opt.version, 0, 0, "print the version"},
-    {"", NULL, "", NULL, 0, 0, NULL},
+    {"-p,", "port", "N", "8080; 0: any free port", &opt.port, 0, 65535},
+    {"-b,", "bind", "ADDR", "127.0.0.1; IPv4, IPv6 or a host name", &opt.bind, 0, 0},
+    {"-c,", "max-clients", "N", "10000", &opt.max_clients, 1, 1000000},
+    {"-t,", "timeout", "SECONDS", "0: never; close when idle", &opt.timeout, 0, 1000000},
+    {"  ", "max-value", "BYTES", "1048576; the longest word", &opt.max_value, 1, 1 << 29},
+    {"-s,", "shards", "N", "256; a power of two", &opt.shards, 1, 4096},
+    {"-a,", "aof", "FILE", "none; replayed at start, then appended to", &opt.aof, 0, 0},
+    {"  ", "fsync", "WHEN", "everysec; always, everysec or no", &opt.fsync, 0, 0},
+    {"-P,", "password-file", "FILE", "none; clients must AUTH", &opt.password_file, 0, 0},
+    {"  ", "insecure", "", "serve the network openly", &opt.insecure, 0, 0},
+    {"-v,", "verbose", "", "log connections, -vv every command", &opt.verbose, 0, 0},
+    {"-q,", "quiet", "", "log only trouble", &opt.quiet, 0, 0},
+    {"-h,", "help", "", "print this", &opt.help, 0, 0},
+    {"-V,", "version", "", "print the version", &opt.version, 0, 0},
+    {"", NULL, "", "", NULL, 0, 0},
 };
 
 /* What a line of the log is about: -q keeps what comes before INFO, -v and -vv add what
@@ -161,57 +164,52 @@ static const struct option {
 enum level { USAGE, ERROR, WARN, INFO, CLIENT, COMMAND };
 
 #define SECOND INT64_C(1000000000) /* in ns */
-static int64_t clock_ns(clockid_t clock) {
+static int64_t ns_on(clockid_t clock) {
     struct timespec t;
     clock_gettime(clock, &t);
     return t.tv_sec * SECOND + t.tv_nsec;
 }
 
 /* Nanoseconds on a clock that nobody sets, to measure how long something takes. */
-static int64_t ticks(void) { return clock_ns(CLOCK_MONOTONIC); }
+static int64_t ticks(void) { return ns_on(CLOCK_MONOTONIC); }
 
-/* Milliseconds since 1970, for deadlines, which are moments of the wall clock. */
-static int64_t now_ms(void) { return clock_ns(CLOCK_REALTIME) / 1000000; }
+/* Milliseconds since 1970, for deadlines, which are moments of the wall clock. 0 while
+   the append-only file is replayed: nothing has passed then. */
+static int64_t now_ms(void) { return aof_fd < -1 ? 0 : ns_on(CLOCK_REALTIME) / 1000000; }
 
-static bool logs(enum level level) {
-    return (int)level <= (opt.quiet ? WARN : INFO + (int)opt.verbose);
-}
+static bool logs(enum level at) { return at <= (opt.quiet ? WARN : INFO + opt.verbose); }
 
 /* Writes one line to stderr in one call, so that lines of several threads never mix; what
    does not fit is cut. Returns the exit status for who wants to end with exit(say()). */
-static PRINTF_LIKE(2) int say(enum level level, const char *fmt, ...) {
-    static const char names[][6] = {"ERROR", "ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
-    char line[1024];
-    int64_t ms = now_ms();
-    time_t seconds = ms / 1000;
-    struct tm tm;
+static PRINTF_LIKE(2) int say(enum level at, const char *fmt, ...) {
+    static const char tags[][6] = {"ERROR", "ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
+    char now[24], text[993], line[1040];
     va_list args;
-    if (!logs(level)) return 0;
-    size_t n = strftime(line, sizeof line, "%FT%T", gmtime_r(&seconds, &tm));
-    n += (size_t)snprintf(line + n, 16, ".%03dZ %s ", (int)(ms % 1000), names[level]);
+    if (!logs(at)) return 0;
+    int64_t ms = ns_on(CLOCK_REALTIME) / 1000000;
+    strftime(now, sizeof now, "%FT%T", gmtime_r(&(time_t){ms / 1000}, &(struct tm){0}));
     va_start(args, fmt);
-    n += (size_t)vsnprintf(line + n, sizeof line - n, fmt, args);
+    vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    if (n > sizeof line - 1) n = sizeof line - 1;
-    line[n++] = '\n';
-    if (write(STDERR_FILENO, line, n) < 0) return 1; /* nobody is left to tell */
-    return level == USAGE ? 2 : 1;
+    int n = sprintf(line, "%s.%03dZ %s %s\n", now, (int)(ms % 1000), tags[at], text);
+    /* When the write fails nobody is left to tell. */
+    return write(STDERR_FILENO, line, (size_t)n) < 0 || at != USAGE ? 1 : 2;
 }
 
 /* Accepts -n value, -nvalue, --name value, --name=value and -vv. To getopt a word that
    begins with -- is option '-' with the rest as value; ':' lacks its value. */
 static void parse_options(int argc, char **argv) {
-    for (int letter; (letter = getopt(argc, argv, ":p:b:c:t:s:P:vqhV-:")) != -1;) {
+    for (int letter; (letter = getopt(argc, argv, ":p:b:c:t:s:a:P:vqhV-:")) != -1;
+         optarg = NULL) {
         const struct option *o = options;
-        char *name = letter == '-' ? optarg : NULL, *end;
-        char *value = letter == ':' ? NULL : optarg;
-        size_t n = name ? strcspn(name, "=") : 0;
+        char *value = optarg, *end;
+        size_t n = letter == '-' && value ? strcspn(value, "=") : 0; /* of a long name */
         if (letter == ':') letter = optopt;
         for (; o->name; o++)
-            if (n ? !strncmp(o->name, name, n) && !o->name[n] : o->letter[1] == letter)
+            if (n ? !strncmp(o->name, optarg, n) && !o->name[n] : o->letter[1] == letter)
                 break;
         if (!o->name) exit(say(USAGE, "%s: see kv --help", argv[optind - 1]));
-        if (n) value = name[n] ? name + n + 1 : *o->arg ? argv[optind++] : NULL;
+        if (n) value = optarg[n] ? optarg + n + 1 : *o->arg ? argv[optind++] : NULL;
         if (!value != !*o->arg)
             exit(say(USAGE, "--%s %s value", o->name, *o->arg ? "needs a" : "takes no"));
         const char *digits = value && o->max ? value : "0";
@@ -225,6 +223,9 @@ static void parse_options(int argc, char **argv) {
     if (argv[optind]) exit(say(USAGE, "%s: see kv --help", argv[optind]));
     if (opt.shards & (opt.shards - 1))
         exit(say(USAGE, "--shards %ld is not a power of two", opt.shards));
+    bool syncs = !strcmp(opt.fsync, "always") || !strcmp(opt.fsync, "everysec");
+    if (!syncs && strcmp(opt.fsync, "no") != 0)
+        exit(say(USAGE, "--fsync %s is not always, everysec or no", opt.fsync));
 }
 
 /* --help, or --version, which is its first line. Returns the exit status. */
@@ -239,12 +240,11 @@ static int print_help(void) {
    the other end, getsockname for ours. */
 static struct text address_of(int fd, int get(int, struct sockaddr *, socklen_t *)) {
     struct text out = {"a client that is gone"};
-    struct sockaddr_storage sa;
-    socklen_t len = sizeof sa;
+    struct sockaddr *sa = (struct sockaddr *)&(struct sockaddr_storage){0};
+    socklen_t len = sizeof(struct sockaddr_storage);
     char host[64], port[8];
-    if (!get(fd, (struct sockaddr *)&sa, &len) &&
-        !getnameinfo((struct sockaddr *)&sa, len, host, 64, port, 8,
-                     NI_NUMERICHOST | NI_NUMERICSERV))
+    if (!get(fd, sa, &len) &&
+        !getnameinfo(sa, len, host, 64, port, 8, NI_NUMERICHOST | NI_NUMERICSERV))
         sprintf(out.text, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
     return out;
 }
@@ -255,12 +255,10 @@ static struct text address_of(int fd, int get(int, struct sockaddr *, socklen_t 
 static char *buf_reserve(struct buf *b, size_t n) {
     size_t cap = b->cap ? b->cap : SMALL_BUF;
     while (cap - b->len < n) cap *= 2; /* our limits keep this far from overflow */
-    if (cap != b->cap && !b->failed) {
-        char *p = realloc(b->p, cap);
-        if (p) *b = (struct buf){p, b->len, cap, false};
-        else b->failed = true;
-    }
-    return b->failed ? NULL : b->p + b->len;
+    char *p = b->failed ? NULL : cap == b->cap ? b->p : realloc(b->p, cap);
+    if (p) *b = (struct buf){p, b->len, cap, false};
+    b->failed = !p;
+    return p ? p + b->len : NULL;
 }
 
 static void buf_add(struct buf *b, const void *p, size_t n) {
@@ -272,12 +270,11 @@ static void buf_add(struct buf *b, const void *p, size_t n) {
 
 /* Puts a type byte, n and CRLF, as RESP has them, in front of what b holds from start. */
 static void buf_header(struct buf *b, size_t start, char type, size_t n) {
-    char text[24] = "", *p = text + 22;
-    memcpy(p, "\r\n", 2);
+    char s[] = "type, 20 digits, then\r\n", *end = s + sizeof s - 1, *p = end - 2;
     do *--p = (char)('0' + n % 10);
     while (n /= 10);
     *--p = type;
-    size_t len = (size_t)(text + 24 - p);
+    size_t len = (size_t)(end - p);
     if (!buf_reserve(b, len)) return;
     memmove(b->p + start + len, b->p + start, b->len - start);
     memcpy(b->p + start, p, len);
@@ -306,76 +303,65 @@ static bool word_is(struct slice word, const char *name) {
 }
 
 /* Reads a number of 64 bits as strictly as Redis does: no blank, plus sign or leading
-   zero, and no overflow. Counts downwards, for INT64_MIN has no positive counterpart. */
+   zero, and no overflow. INT64_MIN is one further from 0 than INT64_MAX. */
 static bool parse_int(struct slice s, int64_t *n) {
     bool minus = s.len > 0 && s.p[0] == '-';
-    if (s.len == minus || (s.p[minus] == '0' && s.len > 1)) return false;
-    *n = 0;
+    uint64_t sum = 0; /* has room for the 1 to 19 digits */
+    if (s.len - minus - 1 > 18 || (s.p[minus] == '0' && s.len > 1)) return false;
     for (size_t i = minus; i < s.len; i++) {
-        int digit = s.p[i] - '0';
-        if (digit < 0 || digit > 9 || *n < (INT64_MIN + digit) / 10) return false;
-        *n = *n * 10 - digit;
+        if (s.p[i] < '0' || s.p[i] > '9') return false;
+        sum = sum * 10 + (uint64_t)(s.p[i] - '0');
     }
-    if (!minus && *n == INT64_MIN) return false;
-    *n = minus ? *n : -*n;
-    return true;
+    *n = (int64_t)(minus ? 0 - sum : sum);
+    return sum <= (uint64_t)INT64_MAX + minus;
 }
 
 /* The escapes that are a letter, and what they stand for. */
 static const char escape_names[] = "\"\\nrt", escape_bytes[] = "\"\\\n\r\t";
 
-/* Decodes the escape at from to *to. Returns where it ends, or NULL if there is none. */
-static char *unescape(char *from, const char *end, char *to) {
-    const char *hit =
-        end - from > 1 ? memchr(escape_names, from[1], sizeof escape_names - 1) : NULL;
+/* Decodes the escape at from to *to. Returns where it ends, or NULL if there is none. It
+   looks no further than the line's CR or LF, which no escape contains. */
+static char *unescape(char *from, char *to) {
+    const char *hit = memchr(escape_names, from[1], sizeof escape_names - 1);
     if (hit) *to = escape_bytes[hit - escape_names];
-    else if (end - from > 3 && from[1] == 'x' && isxdigit((unsigned char)from[2]) &&
-             isxdigit((unsigned char)from[3]))
+    else if (from[1] == 'x' && isxdigit(from[2] & 0xff) && isxdigit(from[3] & 0xff))
         *to = (char)strtol((char[]){from[2], from[3], 0}, NULL, 16);
     else return NULL;
     return from + (hit ? 2 : 4);
 }
 
-/* Takes the word at *at off a line and moves *at behind it. It is decoded in place: an
-   escape is longer than what it stands for. Returns NULL, or what is wrong. */
-static const char *take_word(char **at, char *end, struct slice *word) {
-    int mark = **at == '"' || **at == '\'' ? **at : 0;
-    char *from = *at + (mark != 0), *to = from;
-    word->p = to;
-    while (from < end && (mark ? *from != mark : !is_blank(*from))) {
-        if (mark != '"' || *from != '\\') *to++ = *from++;
-        else if (!(from = unescape(from, end, to++)))
-            return "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH";
-    }
-    if (mark && (from == end || (++from < end && !is_blank(*from))))
-        return "unbalanced quotes: a word that begins with a quote ends with one";
-    word->len = (size_t)(to - word->p);
-    *at = from;
-    return NULL;
-}
-
 /* Adds a word to argv. Returns NULL, or what is wrong. */
 static const char *add_word(struct conn *c, struct slice word) {
-    size_t max = (size_t)opt.max_value;
     c->bytes += word.len;
     if (!c->authed && (c->argc == OPEN_WORDS || c->bytes > OPEN_BYTES))
         return "before AUTH a request over 10 words or 16 KiB is too long";
     if (c->argc == MAX_WORDS) return "a request of more than 1024 words is too long";
-    if (word.len > max) return "a word over --max-value is too long";
-    if (c->bytes > 2 * max + IO_CHUNK)
+    if (word.len > (size_t)opt.max_value) return "a word over --max-value is too long";
+    if (c->bytes > 2 * (size_t)opt.max_value + IO_CHUNK)
         return "a request over 2 x --max-value + 64 KiB is too long";
-    c->argv[c->argc++] = word;
-    return NULL;
+    buf_add(&c->words, &word, sizeof word);
+    c->argv = (struct slice *)(void *)c->words.p;
+    c->argc++;
+    return c->words.failed ? "out of memory" : NULL;
 }
 
-/* Splits a line into argv. Returns NULL, or what is wrong with the line. */
-static const char *split_line(struct conn *c, char *at, char *end) {
+/* Splits a line, which ends at end, into argv. Words are decoded in place: an escape is
+   longer than what it stands for. Returns NULL, or what is wrong with the line. */
+static const char *split_line(struct conn *c, char *from, char *end) {
     const char *wrong = NULL;
-    for (struct slice word; !wrong;) {
-        while (at < end && is_blank(*at)) at++;
-        if (at == end || (c->argc == 0 && *at == '#')) break;
-        wrong = take_word(&at, end, &word);
-        if (!wrong) wrong = add_word(c, word);
+    while (!wrong) {
+        while (from < end && is_blank(*from)) from++;
+        if (from == end || (c->argc == 0 && *from == '#')) return NULL;
+        int mark = *from == '"' || *from == '\'' ? *from++ : 0;
+        char *start = from, *to = from;
+        while (from < end && (mark ? *from != mark : !is_blank(*from))) {
+            if (mark != '"' || *from != '\\') *to++ = *from++;
+            else if (!(from = unescape(from, to++)))
+                return "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH";
+        }
+        if (mark && (from == end || (++from < end && !is_blank(*from))))
+            return "unbalanced quotes: a word that begins with a quote ends with one";
+        wrong = add_word(c, (struct slice){start, (size_t)(to - start)});
     }
     return wrong;
 }
@@ -387,40 +373,32 @@ static bool protocol_error(struct conn *c, const char *what) {
     return fail(c, "ERR Protocol error: %s", what);
 }
 
-/* Takes a type byte, a number up to max (for '*' also below 0: no words) and CRLF off the
-   input at *at. Returns false when they have not arrived in full, or after an error. */
-static bool take_length(struct conn *c, size_t *at, char type, int64_t max, int64_t *n) {
-    char *p = c->in.p + *at;
-    size_t left = c->in.len - *at;
-    if (left > 0 && *p != type) return protocol_error(c, "expected '$'");
-    char *end = left > 0 ? memchr(p, '\n', left) : NULL;
-    if (!end && left < 32) return false; /* no length is that long */
-    struct slice digits = {p + 1, end && end[-1] == '\r' ? (size_t)(end - p) - 2 : 0};
-    if (!parse_int(digits, n) || *n > max || (*n < 0 && type == '$'))
-        return protocol_error(c, type == '*' ? "invalid multibulk length"
-                                             : "invalid bulk length");
-    *at += digits.len + 3;
-    return true;
-}
-
 /* Takes a RESP request off the input, as next_request does. One that has arrived in part
-   is parsed from its beginning each time: at most MAX_WORDS short steps per read. */
+   is parsed from its beginning each time: at most MAX_WORDS short steps per read. The
+   first step takes the number of words, which may be below 0: none. */
 static bool take_array(struct conn *c) {
-    size_t at = c->pos;
-    int64_t words = 0, len = 0;
-    if (!take_length(c, &at, '*', c->authed ? MAX_WORDS : OPEN_WORDS, &words))
-        return false;
-    while (words-- > 0) {
-        if (!take_length(c, &at, '$', c->authed ? opt.max_value : OPEN_BYTES, &len))
-            return false;
-        struct slice word = {c->in.p + at, (size_t)len};
-        if (c->in.len - at < word.len + 2) return false;
-        at += word.len + 2;
-        const char *wrong = add_word(c, word);
-        if (memcmp(word.p + len, "\r\n", 2) != 0) wrong = "expected CRLF after a string";
+    char *at = c->in.p + c->pos, *end = c->in.p + c->in.len;
+    int64_t words = 0, n = 0, max = c->authed ? MAX_WORDS : OPEN_WORDS;
+    for (int64_t i = -1; i < words; i++) {
+        size_t left = (size_t)(end - at);
+        if (left && *at != (i < 0 ? '*' : '$')) return protocol_error(c, "expected '$'");
+        char *lf = memchr(at, '\n', left);
+        if (!lf && left < 32) return false; /* no number is that long */
+        struct slice num = {at + 1, lf && lf[-1] == '\r' ? (size_t)(lf - at) - 2 : 0};
+        const char *wrong = i < 0 ? "invalid multibulk length" : "invalid bulk length";
+        if (!lf || !parse_int(num, &n) || n > max || (n < 0 && i >= 0))
+            return protocol_error(c, wrong);
+        at = lf + 1;
+        max = c->authed ? opt.max_value : OPEN_BYTES;
+        if (i < 0) words = n;
+        if (i < 0) continue;
+        if (end - at < n + 2) return false;
+        wrong = add_word(c, (struct slice){at, (size_t)n});
+        at += n + 2;
+        if (memcmp(at - 2, "\r\n", 2) != 0) wrong = "expected CRLF after a string";
         if (wrong) return protocol_error(c, wrong);
     }
-    c->pos = at;
+    c->pos = (size_t)(at - c->in.p);
     return true;
 }
 
@@ -428,51 +406,44 @@ static bool take_array(struct conn *c) {
    false when it has not arrived in full, or c is closing. True with argc 0: there is
    nothing to run, for the line was empty, or it was wrong and has been answered. */
 static bool next_request(struct conn *c) {
-    size_t limit = c->authed ? 4 * (size_t)opt.max_value + IO_CHUNK : OPEN_BYTES,
-           n = c->in.len - c->pos;
+    size_t limit = c->authed ? 4 * (size_t)opt.max_value + IO_CHUNK : OPEN_BYTES;
+    size_t n = c->in.len - c->pos;
     char *line = c->in.p + c->pos;
-    c->argc = c->bytes = 0;
-    if (n > 0 && !c->skipping && *line == '\xff') c->closing = "interrupted by telnet";
+    c->argc = c->bytes = c->words.len = 0;
+    if (n > 0 && *line == '\xff') c->closing = "interrupted by telnet";
     if (n == 0 || c->closing) return false;
-    c->resp = *line == '*' && !c->skipping ? c->version : 0;
-    c->crlf = c->resp;
+    c->resp = c->crlf = *line == '*';
     if (c->resp) return take_array(c);
     char *newline = memchr(line + c->scanned, '\n', n - c->scanned);
-    c->scanned = newline ? 0 : n;
-    if (!newline && n > limit + 1) {
-        /* Drop it, but for the last byte: that may be a CR. */
-        c->skipping = true;
-        c->pos = c->in.len - 1;
-        c->scanned = 1;
-    }
+    /* Of a line that is too long keep only so much that it stays too long, and the last
+       byte, which may be a CR. */
+    size_t keep = newline || n < limit + 2 ? n : limit + 2;
+    line[keep - 1] = line[n - 1];
+    c->in.len -= n - keep;
+    c->scanned = newline ? 0 : keep;
     if (!newline) return false;
     c->pos += (size_t)(newline - line) + 1;
     c->crlf = newline > line && newline[-1] == '\r';
-    newline -= c->crlf;
-    const char *wrong = c->skipping || (size_t)(newline - line) > limit
-                            ? "a line over 4 x --max-value + 64 KiB is too long"
-                            : split_line(c, line, newline);
-    c->skipping = false;
+    const char *wrong = "a line over 4 x --max-value + 64 KiB is too long";
+    if ((size_t)(newline - line) <= limit + c->crlf)
+        wrong = split_line(c, line, newline - c->crlf);
     if (wrong) c->argc = 0; /* what was split is not run */
     return !wrong || !fail(c, "ERR %s", wrong);
 }
 
 /* === 4 Replies ===================================================================== */
-/* Whether s can stand in a reply as it is, so that nobody takes it for an error, the end
-   of a list, a quoted value or more than one line. As a word it also passes take_word
-   unchanged. */
+/* Whether s can stand in a reply as it is: nobody takes it for an error, the end of a
+   list or a quoted value; as_word: a request can hold it as it is, too. */
 static bool is_bare(struct slice s, bool as_word) {
-    if (s.len == 0 || strchr("\"( ", s.p[0]) || s.p[s.len - 1] == ' ') return false;
-    if (as_word && (s.p[0] == '\'' || memchr(s.p, ' ', s.len))) return false;
-    for (size_t i = 0; i < s.len; i++)
-        if ((unsigned char)s.p[i] < 0x20 || s.p[i] == 0x7f) return false;
-    return true;
+    bool ok = s.len && !strchr(as_word ? "\"('" : "\"( ", *s.p) && s.p[s.len - 1] != ' ';
+    for (size_t i = 0; ok && i < s.len; i++)
+        ok = (unsigned char)s.p[i] >= ' ' + as_word && s.p[i] != 0x7f;
+    return ok;
 }
 
 /* Writes s as a double-quoted word to to, which has room for 4 * s.len + 3 bytes. Returns
-   how many it wrote. A double quote becomes \x22, which bash's printf %b knows. */
-static size_t quote(char *to, struct slice s) {
-    char *start = to;
+   where it ends. A double quote becomes \x22, which bash's printf %b knows. */
+static char *quote(char *to, struct slice s) {
     *to++ = '"';
     for (size_t i = 0; i < s.len; i++) {
         unsigned char b = (unsigned char)s.p[i];
@@ -482,14 +453,14 @@ static size_t quote(char *to, struct slice s) {
         else *to++ = (char)b;
     }
     *to++ = '"';
-    return (size_t)(to - start);
+    return to;
 }
 
 /* What an error or the log repeats of a client's word: quoted where needed, and cut. */
 static struct text show(struct slice word) {
     struct text out;
     struct slice cut = {word.p, word.len < MAX_SHOWN ? word.len : MAX_SHOWN};
-    if (!is_bare(cut, true)) cut.len = quote(out.text, cut);
+    if (!is_bare(cut, true)) cut.len = (size_t)(quote(out.text, cut) - out.text);
     else memcpy(out.text, cut.p, cut.len);
     strcpy(out.text + cut.len, word.len > MAX_SHOWN ? "..." : "");
     return out;
@@ -519,24 +490,17 @@ static bool reply_format(struct conn *c, const char *type, const char *fmt, ...)
 
 static bool reply_status(struct conn *c, const char *s) { return reply(c, "+", str(s)); }
 
-static bool reply_int(struct conn *c, int64_t n) {
-    return reply_format(c, ":", "%" PRId64, n);
-}
-
-static bool reply_nil(struct conn *c) {
-    return reply(c, c->resp == 3 ? "_" : "$-1", str(c->resp ? "" : "(nil)"));
-}
+#define reply_int(c, n) reply_format(c, ":", "%" PRId64, (int64_t)(n))
+#define reply_nil(c) reply(c, "$-1", str((c)->resp ? "" : "(nil)"))
 
 /* A value: in text bare, or quoted where that could be misread. */
 static bool reply_str(struct conn *c, struct slice s, bool as_word) {
     if (c->resp) buf_header(&c->out, c->out.len, '$', s.len);
     if (c->resp || is_bare(s, as_word)) return reply(c, "", s);
     char *to = buf_reserve(&c->out, 4 * s.len + 3);
-    if (to) c->out.len += quote(to, s);
+    if (to) c->out.len = (size_t)(quote(to, s) - c->out.p);
     return reply(c, "", str(""));
 }
-
-static bool reply_value(struct conn *c, struct slice s) { return reply_str(c, s, false); }
 
 /* Ends a reply of n lines that stands in c->out from start on. */
 static bool reply_list(struct conn *c, size_t start, size_t n, const char *noun) {
@@ -550,29 +514,27 @@ static uint64_t seed[2];
 
 static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
 
+/* The second half of a round is the first with v[0] and v[2] swapped. */
 static void sip_round(uint64_t v[4]) {
-    v[0] += v[1];
-    v[2] += v[3];
-    v[1] = rotate(v[1], 13) ^ v[0];
-    v[3] = rotate(v[3], 16) ^ v[2];
-    v[0] = rotate(v[0], 32) + v[3];
-    v[2] += v[1];
-    v[3] = rotate(v[3], 21) ^ v[0];
-    v[1] = rotate(v[1], 17) ^ v[2];
-    v[2] = rotate(v[2], 32);
+    for (int i = 0, j = 2; i <= 2; i += 2, j -= 2) {
+        v[i] += v[1];
+        v[j] += v[3];
+        v[1] = rotate(v[1], i ? 17 : 13) ^ v[i];
+        v[3] = rotate(v[3], i ? 21 : 16) ^ v[j];
+        v[i] = rotate(v[i], 32);
+    }
 }
 
 /* SipHash-1-3 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012): one
    round per eight bytes and three at the end. Words are loaded in the machine's own byte
-   order; the result never leaves the process. */
+   order; the result never leaves the process. The length is where the last word, which is
+   short or empty, leaves room: in its last byte. */
 static uint64_t hash_bytes(struct slice s) {
     uint64_t v[4] = {seed[0] ^ 0x736f6d6570736575, seed[1] ^ 0x646f72616e646f6d,
                      seed[0] ^ 0x6c7967656e657261, seed[1] ^ 0x7465646279746573};
-    for (size_t at = 0; at <= s.len; at += 8) { /* the last word is short or empty */
-        uint64_t word = 0;
-        size_t n = s.len - at < 8 ? s.len - at : 8;
-        memcpy(&word, s.p + at, n);
-        if (n < 8) word |= (uint64_t)s.len << 56;
+    for (size_t at = 0; at <= s.len; at += 8) {
+        uint64_t word = (uint64_t)s.len << 56;
+        memcpy(&word, s.p + at, s.len - at < 8 ? s.len - at : 8);
         v[3] ^= word;
         sip_round(v);
         v[0] ^= word;
@@ -583,14 +545,11 @@ static uint64_t hash_bytes(struct slice s) {
 }
 
 /* === 6 The table =================================================================== */
-enum { MIN_BITS = 4, NO_SLOT = -1 };
-
 /* A key and its value in one allocation: 24 bytes, the key, the value. Its deadline,
-   which few keys have, stands in the heap at slot, or slot is NO_SLOT. */
+   which few keys have, stands in the heap at slot; slot 0 is none. */
 struct entry {
     struct entry *next;
-    uint32_t hash, klen, vlen;
-    int32_t slot;
+    uint32_t hash, klen, vlen, slot;
     char data[];
 };
 
@@ -600,49 +559,44 @@ struct deadline {
     struct entry *entry;
 };
 
-/* Buckets stand in the order of the hash: bucket i of 2^bits holds the hashes whose upper
-   bits are i. So a walk by ascending hash can pause, and a table that doubles
-   meanwhile makes it neither miss an entry nor see one twice. heap[0] expires next; bytes
-   count the entries, without malloc's overhead. All zero is empty. */
+/* Bucket hash * size >> 32 holds a hash, so buckets stand in the order of their hashes: a
+   walk by ascending hash can pause, and a table that doubles meanwhile makes it neither
+   miss an entry nor see one twice. heap[1] expires next, heap[heap_len] is the last, with
+   room for more up to the next power of two. All zero is empty. */
 struct table {
     struct entry **buckets;
     struct deadline *heap;
-    size_t count, heap_len, heap_cap, bytes;
-    int bits;
+    uint64_t size, count, heap_len;
 };
 
-/* Whoever works on a shard holds its lock; only walk, expiry_main and sum_at take it
-   themselves. No two shards share a cache line. */
+/* Whoever works on a shard holds its lock; only cmd_keys, cmd_flush and expiry_main
+   take it themselves. No two shards share a cache line. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
-    size_t hits, misses, expired;
-} * shards;
+    uint64_t logged; /* where its last record ends in the log */
+} shards[4096];      /* as many as --shards allows; what is not used costs nothing */
 
 static void deadline_clear(struct table *t, struct entry *e);
+static void aof_tick(void);
 
 static bool has_expired(const struct table *t, const struct entry *e) {
-    return e->slot != NO_SLOT && t->heap[e->slot].when <= now_ms();
+    return e->slot && t->heap[e->slot].when <= now_ms();
 }
 
 static struct slice entry_value(struct entry *e) {
     return (struct slice){e->data + e->klen, e->vlen};
 }
 
-static struct entry **bucket_of(const struct table *t, uint32_t hash) {
-    return &t->buckets[hash >> (32 - t->bits)];
-}
-
-/* Moves the entries to 2^bits buckets. Without memory the table stays as it is:
-   slower. */
-static void table_resize(struct table *t, int bits) {
+/* Doubles the buckets, or makes the first. Without memory the table stays as it is. */
+static void table_grow(struct table *t) {
     struct table to = *t;
-    to.bits = bits;
-    to.buckets = calloc((size_t)1 << bits, sizeof *to.buckets);
+    to.size = t->size ? t->size * 2 : 16;
+    to.buckets = calloc(to.size, sizeof *to.buckets);
     if (!to.buckets) return;
-    for (size_t i = 0; t->buckets && i < (size_t)1 << t->bits; i++)
+    for (size_t i = 0; i < t->size; i++)
         for (struct entry *e, **link; (e = t->buckets[i]); *link = e) {
-            link = bucket_of(&to, e->hash);
+            link = &to.buckets[e->hash * to.size >> 32];
             t->buckets[i] = e->next;
             e->next = *link;
         }
@@ -655,76 +609,31 @@ static void table_remove(struct table *t, struct entry **link) {
     struct entry *e = *link;
     deadline_clear(t, e);
     *link = e->next;
-    t->bytes -= sizeof *e + e->klen + e->vlen;
     free(e);
     t->count--;
 }
 
 /* Returns a link, where *link is the live entry of key, or NULL if it has none. Returns
-   NULL only when memory is out. What is past its deadline is removed. */
-static struct entry **table_find(struct shard *s, uint32_t hash, struct slice key) {
-    if (!s->table.buckets) table_resize(&s->table, MIN_BITS);
-    if (!s->table.buckets) return NULL;
-    struct entry **link = bucket_of(&s->table, hash), *e;
-    /* cppcheck-suppress uninitvar ; bucket_of returns a link that is set */
+   NULL only when memory is out. What is past its deadline is removed; key may be its. */
+static struct entry **table_find(struct table *t, uint32_t hash, struct slice key) {
+    if (!t->size) table_grow(t);
+    if (!t->size) return NULL;
+    struct entry **link = &t->buckets[hash * t->size >> 32], *e;
     while ((e = *link) && (e->hash != hash || e->klen != key.len ||
                            memcmp(e->data, key.p, key.len) != 0))
         link = &e->next;
-    if (!e || !has_expired(&s->table, e)) return link;
-    table_remove(&s->table, link);
-    s->expired++;
-    return table_find(s, hash, key);
-}
-
-/* Stores value under key at the link that table_find returned. An entry that was there
-   keeps its deadline. Returns the entry, or NULL when memory is out: then nothing has
-   changed. Links into the table are stale afterwards. */
-static struct entry *table_store(struct table *t, struct entry **link, uint32_t hash,
-                                 struct slice key, struct slice value) {
-    struct entry *old = *link, *e = old;
-    size_t was = old ? sizeof *e + e->klen + e->vlen : 0;
-    size_t now = sizeof *e + key.len + value.len;
-    if ((!old || was != now) && !(e = realloc(old, now))) return NULL;
-    if (!old) {
-        *e = (struct entry){NULL, hash, (uint32_t)key.len, 0, NO_SLOT};
-        memcpy(e->data, key.p, key.len);
-        t->count++;
-    }
-    if (e->slot != NO_SLOT) t->heap[e->slot].entry = e;
-    *link = e;
-    e->vlen = (uint32_t)value.len;
-    memmove(e->data + e->klen, value.p, value.len); /* its own value: not moved */
-    t->bytes += now - was; /* a difference below 0 wraps, and so does the sum */
-    if (t->count * 2 >> t->bits >= 3 && t->bits < 32) table_resize(t, t->bits + 1);
-    return e;
+    if (!e || !has_expired(t, e)) return link;
+    table_remove(t, link);
+    while (*link) link = &(*link)->next;
+    return link;
 }
 
 /* Frees all that t owns. Nobody else may know of it any more. */
 static void table_free(struct table *t) {
-    for (size_t i = 0; t->buckets && i < (size_t)1 << t->bits; i++)
+    for (size_t i = 0; i < t->size; i++)
         for (struct entry *e; (e = t->buckets[i]); free(e)) t->buckets[i] = e->next;
     free(t->buckets);
     free(t->heap);
-}
-
-/* Appends the keys of the next few buckets to out, each behind its length, and moves
-   *hash on. Locks the shard for WALK_BUCKETS buckets or IO_CHUNK bytes. Returns false
-   when there was nothing left to see. */
-static bool walk(struct shard *s, uint64_t *hash, struct buf *out) {
-    if (*hash > UINT32_MAX) return false;
-    pthread_mutex_lock(&s->lock);
-    struct table *t = &s->table;
-    if (!t->buckets) *hash = UINT64_MAX;
-    for (int i = 0; i < WALK_BUCKETS && *hash <= UINT32_MAX && out->len < IO_CHUNK; i++) {
-        for (struct entry *e = *bucket_of(t, (uint32_t)*hash); e; e = e->next) {
-            if (e->hash < *hash || has_expired(t, e)) continue;
-            buf_add(out, &e->klen, sizeof e->klen);
-            buf_add(out, e->data, e->klen);
-        }
-        *hash = ((*hash >> (32 - t->bits)) + 1) << (32 - t->bits);
-    }
-    pthread_mutex_unlock(&s->lock);
-    return true;
 }
 
 /* === 7 Expiry ====================================================================== */
@@ -733,64 +642,46 @@ enum { KEEP = -1, NEVER = -2 };
 
 static void heap_put(struct table *t, size_t i, struct deadline d) {
     t->heap[i] = d;
-    d.entry->slot = (int32_t)i;
+    d.entry->slot = (uint32_t)i;
 }
 
 /* Puts d where it belongs in the heap, from the free place i on: parents that expire
    later move down, or else children that expire sooner move up. */
 static void heap_sift(struct table *t, size_t i, struct deadline d) {
     struct deadline *heap = t->heap;
-    for (; i > 0 && heap[(i - 1) / 2].when > d.when; i = (i - 1) / 2)
-        heap_put(t, i, heap[(i - 1) / 2]);
-    for (size_t child; (child = 2 * i + 1) < t->heap_len; i = child) {
-        if (child + 1 < t->heap_len && heap[child + 1].when < heap[child].when) child++;
+    for (; i > 1 && heap[i / 2].when > d.when; i /= 2) heap_put(t, i, heap[i / 2]);
+    for (size_t child; (child = 2 * i) <= t->heap_len; i = child) {
+        if (child < t->heap_len && heap[child + 1].when < heap[child].when) child++;
         if (heap[child].when >= d.when) break;
         heap_put(t, i, heap[child]);
     }
     heap_put(t, i, d);
 }
 
-/* Makes the heap's capacity cap. Returns false when memory is out. */
-static bool heap_resize(struct table *t, size_t cap) {
-    struct deadline *heap = realloc(t->heap, cap * sizeof *heap);
-    if (!heap) return false;
-    t->heap = heap;
-    t->heap_cap = cap;
-    return true;
-}
-
-/* Sets or changes e's deadline; for a new one, store has made room. */
-static void deadline_set(struct table *t, struct entry *e, int64_t when) {
-    size_t i = e->slot == NO_SLOT ? t->heap_len++ : (size_t)e->slot;
-    heap_sift(t, i, (struct deadline){when, e});
-}
-
-/* Takes e's deadline away, if it has one. */
+/* Takes e's deadline away, if it has one: the last one of the heap goes to its place. */
 static void deadline_clear(struct table *t, struct entry *e) {
-    if (e->slot == NO_SLOT) return;
-    struct deadline last = t->heap[--t->heap_len];
-    if (last.entry != e) heap_sift(t, (size_t)e->slot, last);
-    e->slot = NO_SLOT;
+    if (!e->slot) return;
+    if (e->slot <= --t->heap_len) heap_sift(t, e->slot, t->heap[t->heap_len + 1]);
+    e->slot = 0;
 }
 
 /* The expiry thread: goes round the shards and removes what is past its deadline, up to
    BATCH entries under one lock; again at once if there may be more, else after TICK. A
    round that finds nothing looks at one deadline per shard. */
 static void *expiry_main(void *unused) {
+    int64_t second = 0;
     for (bool more = false, was = false; !atomic_load(&stopping); was = more) {
-        int64_t now = now_ms();
+        if (now_ms() / 1000 != second) aof_tick();
+        second = now_ms() / 1000;
         more = false;
         for (struct shard *s = shards; s < shards + opt.shards; s++) {
+            struct table *t = &s->table;
             int n = 0;
             pthread_mutex_lock(&s->lock);
-            while (n < BATCH && s->table.heap_len > 0 && s->table.heap[0].when <= now) {
-                struct entry *due = s->table.heap[0].entry, **link;
-                for (link = bucket_of(&s->table, due->hash); *link != due;)
-                    link = &(*link)->next;
-                table_remove(&s->table, link);
-                n++;
+            for (; n < BATCH && t->heap_len && has_expired(t, t->heap[1].entry); n++) {
+                struct entry *due = t->heap[1].entry; /* to find it removes it */
+                table_find(t, due->hash, (struct slice){due->data, due->klen});
             }
-            s->expired += (size_t)n;
             pthread_mutex_unlock(&s->lock);
             more |= n == BATCH;
         }
@@ -803,10 +694,8 @@ static void *expiry_main(void *unused) {
 
 /* === 8 Commands ==================================================================== */
 /* WRITES: changes data. ONE_KEY: works on the key in argv[1]; EACH_KEY: on each word from
-   argv[1] on, and the reply is for how many of them run returned true. HIDDEN: not in
-   HELP. OPEN: also before AUTH. */
-enum { WRITES = 1, ONE_KEY = 2, EACH_KEY = 4, HIDDEN = 8, OPEN = 16 };
-enum { ANY = MAX_WORDS, WRITE1 = WRITES | ONE_KEY };
+   argv[1] on, and the reply is for how many of them run returned true. */
+enum { WRITES = 1, ONE_KEY = 2, WRITE1 = 3, EACH_KEY = 4, OPEN = 8, ANY = MAX_WORDS };
 
 /* A row says all about a command. min and max count words, the name among them. Where it
    works on keys, run is called with the key's shard locked and its entry found; it must
@@ -822,6 +711,7 @@ struct command {
 };
 
 static bool cmd_help(struct conn *c);
+static uint64_t log_record(size_t n, const struct slice *words);
 
 /* A command's name as errors write it. */
 static struct text lower(const struct command *cmd) {
@@ -831,17 +721,15 @@ static struct text lower(const struct command *cmd) {
 }
 
 #define NOT_INT "ERR value is not an integer or out of range"
-/* Turns a word into a deadline in ms since 1970. unit is in ms, and negative if the word
+/* Turns a word into *ms, a deadline in ms since 1970. unit is in ms, and negative if it
    says a moment rather than a time from now. Replies and returns false if it is not a
    number, less than min, or out of range. */
-static bool parse_deadline(struct conn *c, struct slice word, int unit, int64_t min,
-                           int64_t *when) {
+static bool parse_ms(struct conn *c, struct slice s, int unit, int64_t min, int64_t *ms) {
     int64_t scale = unit < 0 ? -unit : unit, base = unit < 0 ? 0 : now_ms();
-    if (!parse_int(word, when)) return fail(c, NOT_INT);
-    if (*when < min || *when < INT64_MIN / scale || *when > (INT64_MAX - base) / scale)
+    if (!parse_int(s, ms)) return fail(c, NOT_INT);
+    if (*ms < min || *ms < INT64_MIN / scale || *ms > (INT64_MAX - base) / scale)
         return fail(c, "ERR invalid expire time in '%s' command", lower(c->cmd).text);
-    *when =
-        *when * scale + base < 0 ? 0 : *when * scale + base; /* below 0: KEEP, NEVER */
+    *ms = *ms * scale + base < 0 ? 0 : *ms * scale + base; /* below 0: KEEP, NEVER */
     return true;
 }
 
@@ -850,55 +738,78 @@ static bool parse_deadline(struct conn *c, struct slice word, int unit, int64_t 
    through here. Replies and returns false when memory is out. */
 static bool store(struct conn *c, struct slice value, int64_t when) {
     struct table *t = &c->shard->table;
-    bool past = when >= 0 && when <= now_ms();
-    if (past && *c->link) table_remove(t, c->link);
-    if (past) return true;
-    struct entry *e = NULL; /* room for a deadline first: nothing fails halfway */
-    if (t->heap_len < t->heap_cap || heap_resize(t, t->heap_cap + t->heap_cap / 4 + 4))
-        e = table_store(t, c->link, c->hash, c->key, value);
+    struct entry *e = *c->link;
+    bool fresh = !e;
+    char ms[24];
+    struct slice record[] = {str("SET"), c->key, value, str("PXAT"), {ms, 0}};
+    if (when == KEEP) when = e && e->slot ? t->heap[e->slot].when : NEVER;
+    bool has = when != NEVER;
+    if (has && when <= now_ms()) {
+        record[0] = str("DEL");
+        if (fresh) return true;
+        table_remove(t, c->link);
+        c->shard->logged = log_record(2, record);
+        return true;
+    }
+    if (has && (t->heap_len & (t->heap_len - 1)) == 0) { /* a power of two, or 0 */
+        /* Room for a deadline first: nothing fails halfway. */
+        struct deadline *heap = realloc(t->heap, (2 * t->heap_len + 2) * sizeof *heap);
+        if (!heap) return fail(c, "OOM out of memory");
+        t->heap = heap;
+    }
+    if (fresh || e->vlen != value.len) /* else value may be the entry's own */
+        e = realloc(e, sizeof *e + c->key.len + value.len);
     if (!e) return fail(c, "OOM out of memory");
-    if (when == NEVER) deadline_clear(t, e);
-    else if (when >= 0) deadline_set(t, e, when);
+    if (fresh) {
+        *e = (struct entry){NULL, c->hash, (uint32_t)c->key.len, 0, 0};
+        memcpy(e->data, c->key.p, c->key.len);
+        t->count++;
+    }
+    *c->link = e;
+    e->vlen = (uint32_t)value.len;
+    memmove(e->data + e->klen, value.p, value.len);
+    if (has) heap_sift(t, e->slot ? e->slot : ++t->heap_len, (struct deadline){when, e});
+    else deadline_clear(t, e);
+    if (has) record[4].len = (size_t)sprintf(ms, "%" PRId64, when);
+    record[2] = entry_value(e);
+    c->shard->logged = log_record(has ? 5 : 3, record);
+    if (t->count * 2 >= t->size * 3 && t->size < INT32_MAX) table_grow(t);
     return true;
 }
 
 static bool cmd_get(struct conn *c) {
-    return *c->link ? reply_value(c, entry_value(*c->link)) : reply_nil(c);
+    return *c->link ? reply_str(c, entry_value(*c->link), false) : reply_nil(c);
 }
 
 /* What may stand behind SET key value: one condition and one word for the time. Those
-   behind KEEPTTL take a number; its unit is as in parse_deadline. */
-enum { NX, XX, KEEPTTL, SET_WORDS = 7, NONE = -1 };
-static const char set_words[][8] = {"NX", "XX", "KEEPTTL", "EX", "PX", "EXAT", "PXAT"};
-static const int set_units[] = {0, 0, 0, 1000, 1, -1000, -1};
+   behind KEEPTTL take a number; its unit is as in parse_ms. */
+enum { NX = 1, XX, KEEPTTL, EX, PX, EXAT, PXAT };
+static const char set_word[][8] = {"", "NX", "XX", "KEEPTTL", "EX", "PX", "EXAT", "PXAT"};
+static const int set_units[] = {0, 0, 0, 0, 1000, 1, -1000, -1};
 
 static bool cmd_set(struct conn *c) {
-    int condition = NONE, time = NONE;
+    int condition = 0, time = 0;
     struct slice number = {NULL, 0};
     for (size_t i = 3; i < c->argc; i++) {
-        struct slice word = c->argv[i];
-        int w = 0;
-        while (w < SET_WORDS && !word_is(word, set_words[w])) w++;
+        int w = PXAT;
+        while (w > 0 && !word_is(c->argv[i], set_word[w])) w--;
         int *at = w < KEEPTTL ? &condition : &time;
-        if (w == SET_WORDS || (w > KEEPTTL && i + 1 == c->argc) ||
-            (*at != NONE && *at != w))
+        if (!w || (w > KEEPTTL && i + 1 == c->argc) || (*at && *at != w))
             return c->resp ? fail(c, "ERR syntax error")
                            : fail(c, "ERR syntax error at %s; blanks need quotes: %s",
-                                  show(word).text, "SET greeting \"hello world\"");
+                                  show(c->argv[i]).text, "SET greeting \"hello world\"");
         *at = w;
         if (w > KEEPTTL) number = c->argv[++i];
     }
-    int64_t when = time == NONE ? NEVER : KEEP;
-    if (number.p && !parse_deadline(c, number, set_units[time], 1, &when)) return false;
-    if (condition != NONE && (condition == NX) == (*c->link != NULL)) return reply_nil(c);
+    int64_t when = time ? KEEP : NEVER;
+    if (number.p && !parse_ms(c, number, set_units[time], 1, &when)) return false;
+    if (condition && (condition == NX) == (*c->link != NULL)) return reply_nil(c);
     return store(c, c->argv[2], when) && reply_status(c, "OK");
 }
 
 /* DEL and EXISTS, for one of their keys. */
 static bool cmd_del(struct conn *c) {
-    bool found = *c->link;
-    if (found && c->cmd->flags & WRITES) table_remove(&c->shard->table, c->link);
-    return found;
+    return *c->link && (!(c->cmd->flags & WRITES) || store(c, str(""), 0));
 }
 
 /* INCR, DECR, INCRBY, DECRBY: number is the sign. */
@@ -915,35 +826,28 @@ static bool cmd_incr(struct conn *c) {
     return store(c, (struct slice){text, len}, KEEP) && reply_int(c, value);
 }
 
-/* EXPIRE, PEXPIRE, EXPIREAT, PEXPIREAT: number is the unit, as in parse_deadline. */
+/* EXPIRE and its family: number is the unit, as in parse_ms. PERSIST: 0. */
 static bool cmd_expire(struct conn *c) {
-    int64_t when;
+    int64_t when = NEVER, unit = c->cmd->number;
     if (c->argc > 3) return fail(c, "ERR Unsupported option %s", show(c->argv[3]).text);
-    if (!parse_deadline(c, c->argv[2], c->cmd->number, INT64_MIN, &when)) return false;
-    if (!*c->link) return reply_int(c, 0);
+    if (unit && !parse_ms(c, c->argv[2], c->cmd->number, INT64_MIN, &when)) return false;
+    if (!*c->link || (!unit && !(*c->link)->slot)) return reply_int(c, 0);
     return store(c, entry_value(*c->link), when) && reply_int(c, 1);
 }
 
 /* TTL, PTTL: number is the unit in ms. Rounded to the nearest unit, as in Redis. */
 static bool cmd_ttl(struct conn *c) {
     struct entry *e = *c->link;
-    if (!e || e->slot == NO_SLOT) return reply_int(c, e ? -1 : -2);
+    if (!e || !e->slot) return reply_int(c, e ? -1 : -2);
     int64_t left = c->shard->table.heap[e->slot].when - now_ms(), unit = c->cmd->number;
     return reply_int(c, left < 0 ? 0 : (left + unit / 2) / unit);
 }
 
-static bool cmd_persist(struct conn *c) {
-    if (!*c->link || (*c->link)->slot == NO_SLOT) return reply_int(c, 0);
-    return store(c, entry_value(*c->link), NEVER) && reply_int(c, 1);
-}
-
 /* Takes the item of a pattern at p: ? [a-z] [^a] \x or a byte that stands for itself.
-   Returns where it ends if byte b matches it, else NULL. The pattern's end ends a class
-   too. */
+   Returns where it ends if byte b matches it, else NULL. Without a ] the end ends [. */
 static const char *glob_item(const char *p, const char *end, unsigned char b) {
     bool escaped = *p == '\\' && end - p > 1, match = false;
-    if (*p != '[')
-        return (unsigned char)p[escaped] == b || *p == '?' ? p + 1 + escaped : NULL;
+    if (*p != '[') return p[escaped] == (char)b || *p == '?' ? p + 1 + escaped : NULL;
     bool negate = end - p > 1 && p[1] == '^';
     for (p += 1 + negate; p < end && *p != ']'; p++) {
         escaped = *p == '\\' && end - p > 1;
@@ -960,43 +864,57 @@ static const char *glob_item(const char *p, const char *end, unsigned char b) {
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len, *star = NULL, *next;
     for (size_t i = 0, retry = 0; i < s.len || p < end;) {
+        next = p < end && i < s.len ? glob_item(p, end, (unsigned char)s.p[i]) : NULL;
         if (p < end && *p == '*') {
             star = ++p;
             retry = i;
-        } else if (p < end && i < s.len &&
-                   (next = glob_item(p, end, (unsigned char)s.p[i]))) {
+        } else if (next) {
             p = next;
             i++;
-        } else {
-            if (!star || retry++ == s.len) return false;
+        } else if (star && retry++ < s.len) {
             p = star;
             i = retry;
-        }
+        } else return false;
     }
     return true;
 }
 
-/* Keys are copied under the lock, matched and quoted without it. */
+/* KEYS; with a number DBSIZE, which only counts. Locks a shard for WALK_BUCKETS buckets
+   or IO_CHUNK bytes. Entries are copied up to the end of their keys under the lock,
+   matched and quoted without it. */
 static bool cmd_keys(struct conn *c) {
-    struct slice key, pattern = c->argc > 1 ? c->argv[1] : str("*");
+    struct slice pattern = c->argc > 1 ? c->argv[1] : str("*");
     struct buf found = {0};
-    uint32_t len;
+    struct entry e;
+    bool count = c->cmd->number;
     size_t n = 0, start = c->out.len;
     for (struct shard *s = shards; s < shards + opt.shards; s++)
-        for (uint64_t hash = 0; walk(s, &hash, &found); found.len = 0)
-            for (size_t at = 0; at < found.len && !found.failed; at += key.len) {
-                memcpy(&len, found.p + at, sizeof len);
-                key = (struct slice){found.p + (at += sizeof len), len};
+        for (uint64_t hash = 0; hash <= UINT32_MAX; found.len = 0) {
+            pthread_mutex_lock(&s->lock);
+            const struct table *t = &s->table;
+            if (count) n += t->count;
+            uint64_t i = count ? t->size : hash * t->size >> 32, stop = i + WALK_BUCKETS;
+            for (; i < t->size && i < stop && found.len < IO_CHUNK; i++)
+                for (struct entry *at = t->buckets[i]; at; at = at->next)
+                    if (at->hash >= hash && !has_expired(t, at))
+                        buf_add(&found, at, sizeof e + at->klen);
+            hash = t->size ? (i << 32) / t->size : UINT64_MAX;
+            pthread_mutex_unlock(&s->lock);
+            for (size_t at = 0; at < found.len; at += sizeof e + e.klen) {
+                memcpy(&e, found.p + at, sizeof e);
+                struct slice key = {found.p + at + sizeof e, e.klen};
                 if (glob_match(pattern, key)) n += reply_str(c, key, true);
             }
+        }
     c->out.failed |= found.failed;
     free(found.p);
-    return reply_list(c, start, n, "key");
+    c->seen = log_record(0, NULL); /* the reply may reveal any key */
+    return count ? reply_int(c, (int64_t)n) : reply_list(c, start, n, "key");
 }
 
 /* PING and ECHO. */
 static bool cmd_ping(struct conn *c) {
-    return c->argc > 1 ? reply_value(c, c->argv[1]) : reply_status(c, "PONG");
+    return c->argc > 1 ? reply_str(c, c->argv[1], false) : reply_status(c, "PONG");
 }
 
 /* QUIT; with a number: a browser sends us a form, which may hold commands. */
@@ -1007,16 +925,17 @@ static bool cmd_quit(struct conn *c) {
     return fail(c, "ERR this is not a web server");
 }
 
-/* FLUSHALL, FLUSHDB: all keys go at one moment, under all locks; memory is freed after
-   it. */
+/* FLUSHALL, FLUSHDB: all keys go at one moment, under all locks; then memory is freed. */
 static bool cmd_flush(struct conn *c) {
     if (c->argc > 1) return fail(c, "ERR syntax error");
     struct table *old = calloc((size_t)opt.shards, sizeof *old);
     if (!old) return fail(c, "OOM out of memory");
     for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
+    uint64_t end = c->seen = log_record(1, &(struct slice){(char[]){"FLUSHALL"}, 8});
     for (long i = 0; i < opt.shards; i++) {
         old[i] = shards[i].table;
         shards[i].table = (struct table){0};
+        shards[i].logged = end;
         pthread_mutex_unlock(&shards[i].lock);
     }
     for (long i = 0; i < opt.shards; i++) table_free(&old[i]);
@@ -1024,43 +943,6 @@ static bool cmd_flush(struct conn *c) {
     malloc_trim(0);
     return reply_status(c, "OK");
 }
-
-/* Adds up one of the numbers of all shards, each read under its lock. */
-static size_t sum_at(size_t offset) {
-    size_t n = 0;
-    for (struct shard *s = shards; s < shards + opt.shards; s++) {
-        pthread_mutex_lock(&s->lock);
-        n += *(size_t *)(void *)((char *)s + offset);
-        pthread_mutex_unlock(&s->lock);
-    }
-    return n;
-}
-#define SUM(field) sum_at(offsetof(struct shard, field))
-
-static bool cmd_dbsize(struct conn *c) { return reply_int(c, (int64_t)SUM(table.count)); }
-
-/* In RESP a section's head goes where the type would: in front of its first line. */
-static bool cmd_info(struct conn *c) {
-    size_t n = 0, start = c->out.len;
-    n += reply_format(c, "# Server\r\n", "kv_version:%s", KV_VERSION);
-    n += reply_format(c, "", "uptime_in_seconds:%d", (int)((ticks() - started) / SECOND));
-    n += reply_format(c, "", "shards:%ld", opt.shards);
-    n += reply_format(c, "# Clients\r\n", "connected_clients:%ld", connected);
-    n += reply_format(c, "", "maxclients:%ld", opt.max_clients);
-    n += reply_format(c, "# Memory\r\n", "used_memory:%zu", SUM(table.bytes));
-    n += reply_format(c, "# Stats\r\n", "total_connections_received:%ld", connections);
-    n += reply_format(c, "", "total_commands_processed:%zu", commands_run + c->ran);
-    n += reply_format(c, "", "keyspace_hits:%zu", SUM(hits));
-    n += reply_format(c, "", "keyspace_misses:%zu", SUM(misses));
-    n += reply_format(c, "", "expired_keys:%zu", SUM(expired));
-    n += reply_format(c, "# Keyspace\r\n", "keys:%zu", SUM(table.count));
-    n += reply_format(c, "", "expires:%zu", SUM(table.heap_len));
-    if (!c->resp) return reply_list(c, start, n, "field");
-    buf_header(&c->out, start, '$', c->out.len - start);
-    return reply(c, "", str(""));
-}
-
-static char password[1024]; /* empty: none is needed */
 
 /* Reads the first line of --password-file, which nobody else may read. Exits without. */
 static void read_password(void) {
@@ -1076,76 +958,29 @@ static void read_password(void) {
     fclose(f);
 }
 
-/* Compares all of word, wherever it differs: the time tells nothing about the password.
-   Replies and returns false if it is wrong; closes after ten. */
-static bool log_in(struct conn *c, struct slice user, struct slice word) {
+/* Compares all of the word, wherever it differs: the time tells nothing about the
+   password. Closes after ten wrong ones. */
+static bool cmd_auth(struct conn *c) {
+    static const char none[] =
+        "called without any password configured for the default user"
+        ". Are you sure your configuration is correct?";
+    struct slice word = c->argv[c->argc - 1],
+                 user = c->argc > 2 ? c->argv[1] : str("default");
     size_t n = strlen(password);
+    if (c->argc > 3) return fail(c, "ERR syntax error");
+    if (!n && c->argc == 2) return fail(c, "ERR AUTH <password> %s", none);
     int differ =
-        user.len != 7 || memcmp(user.p, "default", 7) != 0 || (n > 0 && n != word.len);
-    for (size_t i = 0; n > 0 && i < word.len; i++) differ |= word.p[i] ^ password[i % n];
-    if (!differ) return c->authed = true;
+        user.len != 7 || memcmp(user.p, "default", 7) != 0 || (n && n != word.len);
+    for (size_t i = 0; n && i < word.len; i++) differ |= word.p[i] ^ password[i % n];
+    c->authed |= !differ;
+    if (!differ) return reply_status(c, "OK");
     if (++c->tries == 10) c->closing = "ten wrong passwords";
     return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
 }
 
-static bool cmd_auth(struct conn *c) {
-    if (c->argc > 3) return fail(c, "ERR syntax error");
-    if (!*password && c->argc == 2)
-        return fail(c,
-                    "ERR AUTH <password> called without any password configured for the "
-                    "default user. Are you sure your configuration is correct?");
-    struct slice user = c->argc == 3 ? c->argv[1] : str("default");
-    return log_in(c, user, c->argv[c->argc - 1]) && reply_status(c, "OK");
-}
-
-static const char no_hello[] =
-    "NOAUTH HELLO must be called with the client already authenticated, otherwise the "
-    "HELLO <proto> AUTH <user> <pass> option can be used to authenticate the client and "
-    "select the RESP protocol version at the same time";
-
-/* Names of clients are not kept, so SETNAME goes unread. Replies a map: in RESP2 and text
-   that is a list. */
-static bool cmd_hello(struct conn *c) {
-    int64_t v = c->version;
-    if (c->argc > 1 && !parse_int(c->argv[1], &v))
-        return fail(c, "ERR Protocol version is not an integer or out of range");
-    if (v != 2 && v != 3) return fail(c, "NOPROTO unsupported protocol version");
-    for (size_t i = 2, takes; i < c->argc; i += takes + 1) {
-        struct slice word = c->argv[i];
-        takes = word_is(word, "AUTH") ? 2 : word_is(word, "SETNAME") ? 1 : c->argc;
-        if (i + takes >= c->argc)
-            return fail(c, "ERR Syntax error in HELLO option '%s'", show(word).text);
-        if (takes == 2 && !log_in(c, c->argv[i + 1], c->argv[i + 2])) return false;
-    }
-    if (!c->authed) return fail(c, "%s", no_hello);
-    c->version = (int)v;
-    if (c->resp) c->resp = c->version;
-    const char *const info[] = {
-        "server",           "kv",   "version",    KV_VERSION, "proto",
-        v == 3 ? "3" : "2", "mode", "standalone", "role",     "master"};
-    size_t start = c->out.len;
-    for (int i = 0; i < 10; i++)
-        if (c->resp && i == 5) reply_int(c, v);
-        else if (c->resp) reply_value(c, str(info[i]));
-        else if (i % 2) reply_format(c, "", "%s:%s", info[i - 1], info[i]);
-    if (c->resp < 3) return reply_list(c, start, c->resp ? 10 : 5, "item");
-    buf_header(&c->out, start, '%', 5);
-    return true;
-}
-
-/* Just enough for client libraries that ask on connecting. COMMAND, number 0: an empty
-   list says that there is nothing special to know. CONFIG, 1: each setting is empty.
-   CLIENT, 2: names are not kept, so a client may say of itself what it likes. SELECT, 3:
-   there is one database. */
-static bool cmd_ask(struct conn *c) {
-    size_t start = c->out.len, number = (size_t)c->cmd->number;
-    int64_t n = 0;
-    if (number == 1 && !c->resp) reply_format(c, "", "%s:", show(c->argv[2]).text);
-    else if (number == 1 && reply_value(c, c->argv[2])) reply_value(c, str(""));
-    if (number < 2) return reply_list(c, start, c->resp ? 2 * number : number, "item");
-    if (number == 2 && word_is(c->argv[1], "ID")) return reply_int(c, c->fd);
-    if (number == 3 && !parse_int(c->argv[1], &n)) return fail(c, NOT_INT);
-    return n == 0 ? reply_status(c, "OK") : fail(c, "ERR DB index is out of range");
+static bool cmd_select(struct conn *c) {
+    if (!word_is(c->argv[1], "0")) return fail(c, "ERR DB index is out of range");
+    return reply_status(c, "OK");
 }
 
 /* The most used first, for a lookup goes from the top. A family stands together. */
@@ -1154,12 +989,11 @@ static const struct command commands[] = {
     {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, WRITE1,
      cmd_set, 0, "store a value; replies OK, or (nil) if NX finds a key or XX none"},
     {"GET", "key", 2, 2, ONE_KEY, cmd_get, 0, "the value of a key; (nil) if it has none"},
-    {"INCR", "key", 2, 2, WRITE1, cmd_incr, 1,
-     "count; replies the new number, from 0 on"},
+    {"INCR", "key", 2, 2, WRITE1, cmd_incr, 1, "count; replies the new number, from 0"},
     {"DECR", "key", 2, 2, WRITE1, cmd_incr, -1, NULL},
     {"DEL", "key...", 2, ANY, WRITES | EACH_KEY, cmd_del, 0, "remove; replies how many"},
     {"EXISTS", "key...", 2, ANY, EACH_KEY, cmd_del, 0, "how many of these exist"},
-    {"KEYS", "[pattern]", 1, 2, 0, cmd_keys, 0, "which keys match * ? [a-z] [^a] \\x"},
+    {"KEYS", "[pattern]", 1, 2, 0, cmd_keys, 0, "which match * ? [a-z] [^a] \\x"},
     {"INCRBY", "key n", 3, 3, WRITE1, cmd_incr, 1, "count by n; replies the new number"},
     {"DECRBY", "key n", 3, 3, WRITE1, cmd_incr, -1, NULL},
     {"EXPIRE", "key n", 3, ANY, WRITE1, cmd_expire, 1000,
@@ -1169,25 +1003,18 @@ static const struct command commands[] = {
     {"PEXPIREAT", "key n", 3, ANY, WRITE1, cmd_expire, -1, NULL},
     {"TTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1000, "s left, P: ms; -1: no end, -2: no key"},
     {"PTTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1, NULL},
-    {"PERSIST", "key", 2, 2, WRITE1, cmd_persist, 0,
-     "do not expire; 1, or 0 if it did not"},
-    {"DBSIZE", "", 1, 1, 0, cmd_dbsize, 0, "how many keys there are"},
+    {"PERSIST", "key", 2, 2, WRITE1, cmd_expire, 0, "do not expire; 1, or 0 if no end"},
+    {"DBSIZE", "", 1, 1, 0, cmd_keys, 1, "how many keys there are"},
     {"FLUSHDB", "", 1, ANY, WRITES, cmd_flush, 0, "remove all keys; replies OK"},
     {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, 0, NULL},
     {"ECHO", "message", 2, 2, 0, cmd_ping, 0, "the message"},
-    {"INFO", "", 1, ANY, 0, cmd_info, 0, "the state of the server, name:value"},
     {"HELP", "[command]", 1, 2, OPEN, cmd_help, 0, "this list, or more on one command"},
-    {"QUIT", "", 1, ANY, OPEN, cmd_quit, 0, "close the connection; replies OK"},
     {"AUTH", "[default] password", 2, ANY, OPEN, cmd_auth, 1, "log in; replies OK"},
-    {"HELLO", "[2|3 [AUTH default password] [SETNAME name]]", 1, ANY, HIDDEN | OPEN,
-     cmd_hello, 1, "choose the version of RESP; replies what the server is"},
-    {"COMMAND", "[DOCS]", 1, ANY, HIDDEN, cmd_ask, 0, "an empty list"},
-    {"CONFIG", "GET name", 3, 3, HIDDEN, cmd_ask, 1, "the name, and an empty setting"},
-    {"CLIENT", "ID|SETNAME name|SETINFO...", 2, ANY, HIDDEN, cmd_ask, 2, "OK"},
-    {"SELECT", "0", 2, 2, HIDDEN, cmd_ask, 3, "there is one database; replies OK"},
-    {"POST", NULL, 1, ANY, HIDDEN | OPEN, cmd_quit, 1, ""},
-    {"Host:", NULL, 1, ANY, HIDDEN | OPEN, cmd_quit, 1, ""},
-    {NULL, NULL, 0, 0, HIDDEN, NULL, 0, ""},
+    {"QUIT", "", 1, ANY, OPEN, cmd_quit, 0, "close the connection; replies OK"},
+    {"POST", NULL, 1, ANY, OPEN, cmd_quit, 1, ""},
+    {"Host:", NULL, 1, ANY, OPEN, cmd_quit, 1, ""},
+    {"SELECT", "0", 2, 2, 0, cmd_select, 0, "there is one database; replies OK"},
+    {NULL, NULL, 0, 0, 0, NULL, 0, ""},
 };
 
 static const struct command *find_command(struct slice word) {
@@ -1199,24 +1026,22 @@ static const struct command *find_command(struct slice word) {
 #define UNKNOWN "ERR unknown command '%s', see HELP"
 /* HELP: a line for each family. HELP command: all that its row says. */
 static bool cmd_help(struct conn *c) {
-    const struct command *cmd = c->argc > 1 ? find_command(c->argv[1]) : commands,
-                         *row = cmd;
-    char left[128] = "";
-    size_t n = 0, lines = 0, start = c->out.len;
+    const struct command *row, *cmd = c->argc > 1 ? find_command(c->argv[1]) : commands;
+    size_t lines = 0, start = c->out.len;
     if (!cmd || !cmd->args) return fail(c, UNKNOWN, show(c->argv[1]).text);
-    while (!row->help) row--;
-    if (c->argc > 1)
+    if (c->argc > 1) {
+        for (row = cmd; !row->help;) row--;
         return reply_format(c, "+", "%s %s", cmd->name, cmd->args) &&
-               reply_format(c, "+", "%s", row->help) && reply_list(c, start, 2, "line");
-    for (; !(cmd->flags & HIDDEN); cmd++, n++) {
-        if (cmd->help) row = cmd;
-        strcat(strcat(left, cmd->name), " ");
-        if (!cmd[1].help) continue;
-        lines += reply_format(c, "+", "%-40s %.*s", strcat(left, cmd->args),
-                              (int)strcspn(row->help, ";"), row->help);
-        *left = 0;
+               reply_status(c, row->help) && reply_list(c, start, 2, "line");
     }
-    return reply_list(c, start, c->resp ? lines : n, "command");
+    while (cmd->args) {
+        char left[128] = "";
+        for (row = cmd; cmd == row || !cmd->help; cmd++)
+            strcat(strcat(left, cmd->name), " ");
+        lines += reply_format(c, "+", "%-40s %.*s", strcat(left, row->args),
+                              (int)strcspn(row->help, ";"), row->help);
+    }
+    return reply_list(c, start, c->resp ? lines : (size_t)(cmd - commands), "command");
 }
 
 /* Runs the command on one key, with the key's shard locked. Returns what run returned. */
@@ -1226,25 +1051,27 @@ static bool run_on_key(struct conn *c, struct slice key) {
     c->key = key;
     c->hash = (uint32_t)hash;
     pthread_mutex_lock(&s->lock);
-    c->link = table_find(s, c->hash, key);
-    if (c->link && !(c->cmd->flags & WRITES)) *c->link ? s->hits++ : s->misses++;
+    c->link = table_find(&s->table, c->hash, key);
     c->out.failed |= !c->link; /* then the connection ends */
     bool result = c->link && c->cmd->run(c);
+    if (c->seen < s->logged) c->seen = s->logged;
     pthread_mutex_unlock(&s->lock);
     return result;
 }
 
+#define MISCONF "MISCONF the append-only file cannot be written"
 /* Runs the request in argv and replies. */
 static bool run_request(struct conn *c) {
     const struct command *cmd = c->cmd = find_command(c->argv[0]);
     int64_t n = 0;
     if (!cmd) return fail(c, UNKNOWN, show(c->argv[0]).text);
-    c->ran++;
     if (c->argc < cmd->min || c->argc > cmd->max)
         return fail(c, "ERR wrong number of arguments for '%s' command: %s %s",
                     lower(cmd).text, cmd->name, cmd->args);
     if (!c->authed && !(cmd->flags & OPEN))
         return fail(c, "NOAUTH Authentication required.");
+    if (cmd->flags & WRITES && atomic_load(&disk_bad)) return fail(c, MISCONF);
+    c->wrote |= (cmd->flags & WRITES) != 0;
     if (cmd->flags & ONE_KEY) return run_on_key(c, c->argv[1]);
     if (!(cmd->flags & EACH_KEY)) return cmd->run(c);
     for (size_t i = 1; i < c->argc; i++) n += run_on_key(c, c->argv[i]);
@@ -1252,8 +1079,14 @@ static bool run_request(struct conn *c) {
 }
 
 /* === 9 Connections ================================================================= */
-/* Sends all replies; waits for the client, up to --timeout. Sets closing on failure. */
+static bool aof_commit(uint64_t upto);
+
+/* Sends all replies, once what they reveal is safe in the append-only file; waits for the
+   client, up to --timeout. Sets closing on failure. */
 static void flush(struct conn *c) {
+    if (!aof_commit(c->seen) && c->wrote)
+        for (c->out.len = 0; c->asked > 0; c->asked--)
+            fail(c, MISCONF ", the outcome is unknown");
     const char *why = c->out.failed ? "out of memory" : NULL; /* no half replies */
     for (size_t sent = 0; !why && sent < c->out.len;) {
         ssize_t n = send(c->fd, c->out.p + sent, c->out.len - sent, 0);
@@ -1262,8 +1095,7 @@ static void flush(struct conn *c) {
     }
     c->broken |= why != NULL;
     if (why) c->closing = why;
-    atomic_fetch_add(&commands_run, c->ran);
-    c->out.len = c->ran = 0;
+    c->out.len = c->asked = c->seen = c->wrote = 0;
 }
 
 /* Reads more input behind what there is of a request, and waits for it, until --timeout
@@ -1273,26 +1105,26 @@ static void flush(struct conn *c) {
    input ends or fails, says so in closing. */
 static void fill(struct conn *c) {
     struct buf *in = &c->in;
-    bool full = in->len == in->cap; /* then more is waiting: take more at a time */
+    int looks = atomic_load(&connected) <= FEW_CLIENTS ? LOOKS : 1;
     ssize_t n = -1;
     in->len -= c->pos;
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
     c->pos = 0;
-    if (full && in->cap < IO_CHUNK) buf_reserve(in, in->cap - in->len + 1);
-    int looks = atomic_load(&connected) <= FEW_CLIENTS ? LOOKS : 1;
-    for (int flags = MSG_DONTWAIT; buf_reserve(in, 1); flags = looks > 0 ? flags : 0) {
-        do n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
-        while (n < 0 && errno == EINTR);
-        if (n >= 0 || errno != EAGAIN || !flags) break;
-        if (--looks > 0 && sched_yield() == 0) continue;
+    for (; buf_reserve(in, 2 * SMALL_BUF); looks--) {
+        int flags = looks > 0 ? MSG_DONTWAIT : 0;
+        n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
+        if (n >= 0 || (errno != EINTR && (errno != EAGAIN || !flags))) break;
+        if (looks > 1 && sched_yield() == 0) continue;
         buf_slim(in);
+        buf_slim(&c->words);
         buf_slim(&c->out);
     }
     if (n > 0) in->len += (size_t)n;
     else if (n == 0) c->closing = "end of input";
     else if (in->failed) c->closing = "out of memory";
     else c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    c->broken = n < 0 && (in->failed || errno != EAGAIN);
+    /* Full: more is waiting, so take more at a time. */
+    if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
     if (n == 0 && in->len > 0 && !c->resp && !atomic_load(&stopping))
         fail(c, "ERR the last line has no newline: it may be cut short and is not run");
 }
@@ -1302,11 +1134,11 @@ static void fill(struct conn *c) {
    what is under way. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
-    struct timeval wait = {ms / 1000, 1}; /* 0, 0 would mean for ever */
+    struct pollfd input = {.fd = fd, .events = POLLIN};
     int64_t end = ticks() + ms * SECOND / 1000;
-    bool go = setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof wait) == 0 &&
-              shutdown(fd, SHUT_WR) == 0;
-    while (go) go = recv(fd, unread, 1024, ms ? 0 : MSG_DONTWAIT) > 0 && ticks() < end;
+    bool go = shutdown(fd, SHUT_WR) == 0; /* else the client is gone */
+    while (go && poll(&input, 1, ms) > 0)
+        go = recv(fd, unread, sizeof unread, 0) > 0 && ticks() < end;
     close(fd);
 }
 
@@ -1315,27 +1147,22 @@ static void run_logged(struct conn *c, const char *who) {
     int64_t start = logs(COMMAND) ? ticks() : 0;
     char line[512] = "";
     run_request(c);
-    size_t shown = c->cmd && c->cmd->flags & OPEN && c->cmd->number
-                       ? 1
-                       : c->argc; /* not a password */
+    size_t shown = c->cmd && c->cmd->run == cmd_auth ? 1 : c->argc; /* not a password */
     for (size_t i = 0; start && i < shown && strlen(line) < sizeof line / 3; i++)
         strcat(strcat(line, " "), show(c->argv[i]).text);
     if (start) say(COMMAND, "%s%s (%ld us)", who, line, (long)(ticks() - start) / 1000);
 }
 
-/* A connection's thread: reads, runs all requests that have arrived, sends all replies at
-   once. */
+/* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
-    struct slice words[MAX_WORDS];
-    struct conn c = {
-        .fd = (int)(intptr_t)arg, .version = 2, .authed = !*password, .argv = words};
-    atomic_fetch_add(&connections, 1);
+    struct conn c = {.fd = (int)(intptr_t)arg, .authed = !*password};
     struct text client = logs(CLIENT) ? address_of(c.fd, getpeername) : (struct text){""};
     say(CLIENT, "%s connected", client.text);
     while (!c.closing && atomic_load(&stopping) < 2) {
         fill(&c);
-        while (!c.closing && next_request(&c)) {
+        for (size_t was = 0; !c.closing && next_request(&c); was = c.out.len) {
             if (c.argc > 0) run_logged(&c, client.text);
+            c.asked += c.out.len > was;
             if (c.out.len >= IO_CHUNK) flush(&c);
         }
         flush(&c);
@@ -1343,53 +1170,247 @@ static void *conn_main(void *arg) {
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
     hang_up(c.fd, c.broken ? 0 : LINGER);
     free(c.in.p);
+    free(c.words.p);
     free(c.out.p);
     atomic_fetch_sub(&connected, 1); /* the last thing: main ends the program at 0 */
     return NULL;
+}
+
+/* === 10 Append-only file =========================================================== */
+/* Records gather in memory; one thread at a time writes what has gathered, as a batch,
+   for all that wait. Positions count records. lock guards all but safe, and is taken
+   inside a shard's lock or alone. batch is on its way to the file, and only who has set
+   writing may touch it. */
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t written;
+    struct buf gathered, batch;
+    uint64_t end, taken; /* where gathered and batch end */
+    bool writing;
+    atomic_uint_fast64_t safe; /* up to here replies may go out */
+} aof = {.lock = PTHREAD_MUTEX_INITIALIZER, .written = PTHREAD_COND_INITIALIZER};
+
+static uint32_t crc_table[256];
+
+/* CRC-32C (Castagnoli et al., 1993), a byte at a time with a table (Sarwate, 1988). */
+static uint32_t crc32c(const char *p, size_t n) {
+    uint32_t crc = UINT32_MAX;
+    for (size_t i = 0; i < n; i++)
+        crc = crc_table[(crc ^ (unsigned char)p[i]) & 255] ^ crc >> 8;
+    return ~crc;
+}
+
+/* Appends a record, an array of n words as in RESP. n 0: nothing. Called with the lock of
+   the key's shard held, so that the log has the order of what happened. Returns the log's
+   end, 0 without --aof. */
+static uint64_t log_record(size_t n, const struct slice *words) {
+    if (aof_fd < 0) return 0;
+    pthread_mutex_lock(&aof.lock);
+    struct buf *b = &aof.gathered;
+    if (n > 0) buf_header(b, b->len, '*', n);
+    for (size_t i = 0; i < n; i++) {
+        buf_header(b, b->len, '$', words[i].len);
+        buf_add(b, words[i].p, words[i].len);
+        buf_add(b, "\r\n", 2);
+    }
+    /* Memory has what the log will not: nobody has been answered, nobody will be. */
+    if (b->failed) exit(say(ERROR, "out of memory for the append-only file"));
+    uint64_t end = aof.end += n > 0;
+    pthread_mutex_unlock(&aof.lock);
+    return end;
+}
+
+/* Ends the program where ok is false: errno says why. */
+static void must(bool ok, const char *what) {
+    if (!ok) exit(say(ERROR, "--aof %s: %s: %s", opt.aof, what, strerror(errno)));
+}
+
+/* Writes what has gathered, behind it the line with its checksum, and with --fsync always
+   waits for the disk. What is left after a failure goes first the next time. Called with
+   aof.lock, which is released meanwhile. */
+static void write_batch(void) {
+    struct buf *b = &aof.batch, empty = *b;
+    char line[24];
+    bool fresh = b->len == 0, bad = false;
+    aof.writing = true;
+    if (fresh) {
+        *b = aof.gathered;
+        aof.gathered = empty;
+        aof.taken = aof.end;
+    }
+    pthread_mutex_unlock(&aof.lock);
+    if (fresh) sprintf(line, "#CRC32C:%08x\r\n", crc32c(b->p, b->len));
+    if (fresh) buf_add(b, line, 18);
+    if (b->failed) exit(say(ERROR, "out of memory for the append-only file"));
+    while (b->len > 0 && !bad) {
+        ssize_t n = write(aof_fd, b->p, b->len);
+        bad = n < 0 && errno != EINTR;
+        if (n > 0) memmove(b->p, b->p + n, b->len -= (size_t)n);
+    }
+    if (bad != atomic_load(&disk_bad))
+        say(bad ? ERROR : WARN, "%s: %s", opt.aof, bad ? strerror(errno) : "works again");
+    if (!bad && *opt.fsync == 'a') must(fsync(aof_fd) == 0, "fsync");
+    buf_slim(b);
+    pthread_mutex_lock(&aof.lock);
+    atomic_store(&disk_bad, bad);
+    if (!bad) atomic_store(&aof.safe, aof.taken);
+    aof.writing = false;
+    pthread_cond_broadcast(&aof.written);
+}
+
+/* Waits until the log is as safe up to upto as --fsync asks. Group commit: the first who
+   comes writes for all who have come, the others wait for the next turn. Returns false
+   when the file cannot be written. */
+static bool aof_commit(uint64_t upto) {
+    if (atomic_load(&aof.safe) >= upto) return true;
+    pthread_mutex_lock(&aof.lock);
+    while (atomic_load(&aof.safe) < upto && !atomic_load(&disk_bad))
+        if (aof.writing) pthread_cond_wait(&aof.written, &aof.lock);
+        else write_batch();
+    pthread_mutex_unlock(&aof.lock);
+    return atomic_load(&aof.safe) >= upto;
+}
+
+/* Done each second by the expiry thread: tries again what could not be written, and with
+   --fsync everysec has the disk keep what was. */
+static void aof_tick(void) {
+    static uint64_t kept;
+    pthread_mutex_lock(&aof.lock);
+    if (atomic_load(&disk_bad) && !aof.writing) write_batch();
+    pthread_mutex_unlock(&aof.lock);
+    uint64_t safe = atomic_load(&aof.safe);
+    if (*opt.fsync == 'e' && safe != kept) must(fsync(aof_fd) == 0, "fsync");
+    kept = safe;
+}
+
+/* Whether a line with a checksum begins at p. */
+static bool is_checksum(const char *p, const char *end) {
+    return end - p >= 18 && !memcmp(p, "#CRC32C:", 8) && !memcmp(p + 16, "\r\n", 2) &&
+           strspn(p + 8, "0123456789abcdef") == 8;
+}
+
+/* Runs the file, which stands at map: each batch is read once to find its checksum, and
+   again to run it. Returns where the last good batch ends: what follows holds no line of
+   checksum form, for a crash cut it short. Where it does, or a record cannot be run, says
+   so and exits. A file of Redis is one batch; *sealed: a checksum stands behind it. */
+static size_t replay(char *map, size_t size, bool *sealed) {
+    struct conn c = {.in = {map, size, size, 0}, .resp = 1, .authed = 1};
+    const char *wrong = NULL, *end = map + size, *p;
+    int64_t next = ticks() + SECOND;
+    size_t start = 0;
+    while (start < size && !wrong) {
+        for (c.pos = start; c.pos < size && map[c.pos] != '#' && take_array(&c);)
+            c.argc = c.bytes = c.words.len = 0;
+        p = map + c.pos;
+        *sealed = is_checksum(p, end);
+        if (!*sealed && (p < end || start > 0)) break;
+        if (*sealed && crc32c(map + start, c.pos - start) != strtoul(p + 8, NULL, 16))
+            wrong = "wrong checksum";
+        for (c.pos = start; map + c.pos < p && !wrong;) {
+            if (!*sealed) start = c.pos;
+            c.argc = c.bytes = c.words.len = c.out.len = 0;
+            if (!take_array(&c) || c.argc == 0 || !run_request(&c)) wrong = "bad record";
+            if (ticks() < next) continue;
+            say(INFO, "%s: %d %% loaded", opt.aof, (int)(100 * c.pos / size));
+            next += SECOND;
+        }
+        if (!wrong) start = c.pos + (*sealed ? 18 : 0);
+    }
+    if (start == 0 && size > 0 && !wrong &&
+        (size >= 18 || memcmp(map, "#CRC32C:00000000\r\n", size) != 0)) {
+        wrong = "half a record";
+        start = c.pos;
+    }
+    for (p = map + start; p < end && !wrong; p++)
+        if (is_checksum(p, end) && (p[-1] == '\n' || p + 18 == end))
+            wrong = "damaged record";
+    if (wrong)
+        exit(say(ERROR, "%s: %s at byte %zu %s; to cut: truncate -s %zu %s", opt.aof,
+                 wrong, start, show((struct slice){c.out.p, c.out.len}).text, start,
+                 opt.aof));
+    free(c.words.p);
+    free(c.out.p);
+    return start;
+}
+
+/* Opens, locks and replays the file. */
+static void aof_open(void) {
+    struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    struct stat st;
+    char *map = NULL, *path = strdup(opt.aof);
+    bool sealed = false;
+    long max_value = opt.max_value;
+    int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
+    must(path && fd >= 0 && fstat(fd, &st) == 0, "open");
+    must(fcntl(fd, F_SETLK, &all) == 0, "in use by another kv");
+    size_t size = (size_t)st.st_size;
+    if (size > 0) map = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0);
+    must(map != MAP_FAILED, "read");
+    for (uint32_t i = 0; i < 256; i++) {
+        crc_table[i] = i;
+        for (int bit = 0; bit < 8; bit++)
+            crc_table[i] = crc_table[i] >> 1 ^ (crc_table[i] & 1 ? 0x82f63b78 : 0);
+    }
+    aof_fd = -2;
+    opt.max_value = 1 << 29; /* it may have been larger when the file was written */
+    size_t good = replay(map, size, &sealed);
+    opt.max_value = max_value;
+    if (good < size)
+        say(WARN, "%s: torn at byte %zu, %zu bytes cut off", opt.aof, good, size - good);
+    must(ftruncate(fd, (off_t)good) == 0, "truncate");
+    if (good == 0 || (good == size && !sealed))
+        must(dprintf(fd, "#CRC32C:%08x\r\n", crc32c(map, good)) > 0, "write");
+    if (map) munmap(map, size);
+    aof_fd = fd;
+    int dir = open(dirname(path), O_RDONLY);
+    must(fsync(fd) == 0 && fsync(dir) == 0, "fsync");
+    close(dir);
+    free(path);
+}
+
+/* Writes and syncs what is left; other threads have ended. Returns the exit status. */
+static int aof_close(void) {
+    if (aof_fd < 0) return 0;
+    atomic_store(&disk_bad, false); /* one last try */
+    bool done = aof_commit(aof.end);
+    must(fsync(aof_fd) == 0, "fsync");
+    free(aof.gathered.p);
+    free(aof.batch.p);
+    return done ? 0 : 1;
 }
 
 /* === 11 The server ================================================================= */
 static pthread_attr_t detached; /* of the connections' threads: nobody waits for them */
 
 /* Accepts a client and starts its thread, or turns it away in RESP's form and logs why,
-   once a second. Returns false when no client is waiting. */
+   once a second. Returns false when no client is waiting, or none can be accepted now. */
 static bool accept_client(int listener) {
-    static const char full[] = "-ERR max number of clients reached\r\n";
     static time_t logged;
-    static int spare = -1; /* a descriptor to give up when there is no other */
     const struct timeval timeout = {.tv_sec = opt.timeout};
     pthread_t id;
-    if (spare < 0) spare = open("/dev/null", O_RDONLY);
     int on = 1, fd = accept(listener, NULL, NULL), error = fd < 0 ? errno : 0;
     if (error == EAGAIN || error == EINTR || error == ECONNABORTED) return false;
-    if (error) { /* Left alone, the client would keep the listener readable. */
-        close(spare);
-        spare = -1;
-        fd = accept(listener, NULL, NULL);
-    }
     /* Without these options a connection works, only less well. */
     (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     (void)setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
     (void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
-    bool many = atomic_fetch_add(&connected, 1) >= opt.max_clients || fd >= max_fds;
-    if (!error && !many)
-        error = pthread_create(&id, &detached, conn_main, (void *)(intptr_t)fd);
-    if (!error && !many) return true;
+    if (atomic_fetch_add(&connected, 1) >= opt.max_clients || fd >= max_fds) error = -1;
+    if (!error) error = pthread_create(&id, &detached, conn_main, (void *)(intptr_t)fd);
+    if (!error) return true;
     atomic_fetch_sub(&connected, 1);
     if (time(NULL) != logged)
-        say(WARN, "client refused: %s", many ? "too many clients" : strerror(error));
+        say(WARN, "client refused: %s", error < 0 ? "too many clients" : strerror(error));
     logged = time(NULL);
-    if (fd < 0) nanosleep(&(struct timespec){0, 1000000}, NULL); /* it will be back */
-    else if (send(fd, full, sizeof full - 1, MSG_DONTWAIT) >= 0) hang_up(fd, 0);
+    if (fd < 0) poll(NULL, 0, 1); /* the client waits, the listener stays readable */
+    else if (dprintf(fd, "-ERR max number of clients reached\r\n") > 0) hang_up(fd, 0);
     else close(fd);
     return fd >= 0;
 }
 
 /* Binds the first address that --bind names and that is free. Returns it, or exits. */
 static int listen_on(void) {
-    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE};
-    struct addrinfo *all, *a;
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *all, *a;
     char port[8];
     int fd = -1, on = 1;
     snprintf(port, sizeof port, "%ld", opt.port);
@@ -1402,12 +1423,10 @@ static int listen_on(void) {
             break;
         if (fd >= 0) close(fd);
     }
-    struct text bound = a ? address_of(fd, getsockname) : (struct text){"127."};
-    if (!opt.insecure && !*password && strncmp(bound.text, "127.", 4) != 0 &&
-        strncmp(bound.text, "[::1]", 5) != 0)
-        exit(say(USAGE,
-                 "--bind %s: not loopback, which needs --password-file or --insecure",
-                 opt.bind));
+    struct text here = a ? address_of(fd, getsockname) : (struct text){"127."};
+    bool local = !strncmp(here.text, "127.", 4) || !strncmp(here.text, "[::1]", 5);
+    if (!local && !opt.insecure && !*password)
+        exit(say(USAGE, "--bind %s needs --password-file or --insecure", opt.bind));
     if (!a || listen(fd, SOMAXCONN) < 0)
         exit(say(ERROR, "%s port %s: %s%s", opt.bind, port, strerror(errno),
                  errno == EADDRINUSE ? "; -p 0 takes any free port" : ""));
@@ -1415,27 +1434,8 @@ static int listen_on(void) {
     return fd;
 }
 
-static atomic_int signals; /* that came; any thread may be the one that takes it */
-
-static void on_signal(int number) { signals += number != 0; }
-
-/* Ends the connections. After SHUT_RD a thread still reads what has arrived (on Linux),
-   answers it, and then sees the end of the input. Who has not taken the replies in time
-   is dropped. Returns whether all threads have ended. */
-static bool stop_clients(void) {
-    int64_t end = ticks();
-    say(INFO, "stopping with %ld clients", atomic_load(&connected));
-    for (int n = 1; n <= 2; n++) {
-        end += STOP_GRACE * SECOND / 1000;
-        atomic_store(&stopping, n);
-        for (int fd = 3; fd < max_fds; fd++) shutdown(fd, n == 1 ? SHUT_RD : SHUT_RDWR);
-        while (atomic_load(&connected) > 0 && ticks() < end) {
-            nanosleep(&(struct timespec){0, 5000000}, NULL);
-            if (signals > 1) exit(say(ERROR, "second signal: stopped at once"));
-        }
-    }
-    return atomic_load(&connected) == 0;
-}
+/* Any thread may be the one that a signal interrupts. */
+static void on_signal(int number) { stopping += number != 0; }
 
 /* What must be there before the first thread: descriptors for --max-clients, or as many
    as we may have, and some to spare; how threads are made; the seed. */
@@ -1454,36 +1454,44 @@ static void prepare(void) {
     if (fd < 0 || read(fd, seed, sizeof seed) != sizeof seed)
         exit(say(ERROR, "cannot read /dev/urandom: %s", strerror(errno)));
     close(fd);
-    size_t size = sizeof *shards * (size_t)opt.shards;
-    shards = aligned_alloc(_Alignof(struct shard), size);
-    if (!shards) exit(say(ERROR, "out of memory"));
-    memset(shards, 0, size);
     for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
 }
 
 int main(int argc, char **argv) {
     pthread_t expiry;
-    started = ticks();
     parse_options(argc, argv);
     if (opt.help || opt.version) return print_help();
     if (opt.password_file) read_password();
     prepare();
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
     sigaction(SIGINT, &(struct sigaction){.sa_handler = on_signal}, NULL);
     sigaction(SIGTERM, &(struct sigaction){.sa_handler = on_signal}, NULL);
+    if (opt.aof) aof_open();
     struct pollfd listener = {.fd = listen_on(), .events = POLLIN};
     int error = pthread_create(&expiry, NULL, expiry_main, NULL);
     if (error) exit(say(ERROR, "cannot start a thread: %s", strerror(error)));
     say(INFO, "listening on %s", address_of(listener.fd, getsockname).text);
-    while (!signals) { /* a signal may come just before poll: hence its time limit */
-        poll(&listener, 1, TICK);
-        for (int i = 0; i < 256 && accept_client(listener.fd); i++) continue;
-    }
+    while (!atomic_load(&stopping)) /* a signal may come just before poll: hence TICK */
+        if (poll(&listener, 1, TICK) > 0) accept_client(listener.fd);
+    /* Who connected before the signal is served too. */
+    for (int i = 0; i < 256 && accept_client(listener.fd); i++) continue;
     close(listener.fd);
-    if (!stop_clients()) return 0; /* a thread is busy: leave all as it is */
+    say(INFO, "stopping with %ld clients", atomic_load(&connected));
+    /* After SHUT_RD a thread still reads what has arrived (on Linux), answers it, and then
+       sees the end of the input. Who has not taken the replies in time is dropped. */
+    for (int ms = 0; atomic_load(&connected) > 0 && ms < 2 * STOP_GRACE; ms += 5) {
+        if (ms == STOP_GRACE) atomic_fetch_add(&stopping, 1);
+        for (int fd = 3; ms % STOP_GRACE == 0 && fd < max_fds; fd++)
+            shutdown(fd, ms == 0 ? SHUT_RD : SHUT_RDWR);
+        nanosleep(&(struct timespec){0, 5000000}, NULL);
+        if (atomic_load(&stopping) > 1 + (ms >= STOP_GRACE))
+            exit(say(ERROR, "second signal: stopped at once"));
+    }
     pthread_join(expiry, NULL);
+    int failed = aof_close();
+    if (atomic_load(&connected) > 0) return failed; /* a thread is busy: leave it all */
     for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
-    free(shards);
     say(INFO, "stopped");
-    return 0;
+    return failed;
 }
