@@ -66,11 +66,12 @@
 /* The compiler checks the f-th argument, a format, against those behind it. */
 #define PRINTF_LIKE(f) __attribute__((format(printf, f, (f) + 1)))
 
-/* MAX_SHOWN bytes of a client's word are repeated by an error or the log; a connection's
-   buffers begin with SMALL_BUF bytes and shrink back to that; replies are sent when
-   IO_CHUNK bytes have gathered; a STACK costs only the pages that were touched. */
+/* MAX_SHOWN bytes of a client's word are repeated by an error or the log. OPEN_WORDS and
+   OPEN_BYTES are as much as a request may have before AUTH. */
 enum { MAX_WORDS = 1024, MAX_SHOWN = 64, OPEN_WORDS = 10, OPEN_BYTES = 16384 };
-/* With up to FEW_CLIENTS a thread looks LOOKS times for input before it sleeps. */
+/* With up to FEW_CLIENTS a thread looks LOOKS times for input before it sleeps. Buffers
+   begin with SMALL_BUF bytes and shrink back to that; replies are sent when IO_CHUNK
+   bytes have gathered; a STACK costs only the pages that were touched. */
 enum { FEW_CLIENTS = 100, LOOKS = 10, SMALL_BUF = 512, IO_CHUNK = 65536, STACK = 65536 };
 
 /* The expiry thread looks every TICK and removes up to BATCH entries per lock; KEYS looks
@@ -409,7 +410,7 @@ static bool next_request(struct conn *c) {
     size_t limit = c->authed ? 4 * (size_t)opt.max_value + IO_CHUNK : OPEN_BYTES;
     size_t n = c->in.len - c->pos;
     char *line = c->in.p + c->pos;
-    c->argc = c->bytes = c->words.len = 0;
+    c->argc = c->bytes = c->words.len = c->words.failed = 0;
     if (n > 0 && *line == '\xff') c->closing = "interrupted by telnet";
     if (n == 0 || c->closing) return false;
     c->resp = c->crlf = *line == '*';
@@ -427,8 +428,8 @@ static bool next_request(struct conn *c) {
     const char *wrong = "a line over 4 x --max-value + 64 KiB is too long";
     if ((size_t)(newline - line) <= limit + c->crlf)
         wrong = split_line(c, line, newline - c->crlf);
-    if (wrong) c->argc = 0; /* what was split is not run */
-    return !wrong || !fail(c, "ERR %s", wrong);
+    if (wrong) c->argc = fail(c, "ERR %s", wrong); /* 0: what was split is not run */
+    return true;
 }
 
 /* === 4 Replies ===================================================================== */
@@ -574,8 +575,8 @@ struct table {
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
-    uint64_t logged; /* where its last record ends in the log */
-} shards[4096];      /* as many as --shards allows; what is not used costs nothing */
+    uint64_t appended; /* where its last record ends in the append-only log */
+} shards[4096];        /* as many as --shards allows; what is not used costs nothing */
 
 static void deadline_clear(struct table *t, struct entry *e);
 static void aof_tick(void);
@@ -614,7 +615,7 @@ static void table_remove(struct table *t, struct entry **link) {
 }
 
 /* Returns a link, where *link is the live entry of key, or NULL if it has none. Returns
-   NULL only when memory is out. What is past its deadline is removed; key may be its. */
+   NULL only when memory is out. What is past its deadline is removed, and key with it. */
 static struct entry **table_find(struct table *t, uint32_t hash, struct slice key) {
     if (!t->size) table_grow(t);
     if (!t->size) return NULL;
@@ -711,7 +712,7 @@ struct command {
 };
 
 static bool cmd_help(struct conn *c);
-static uint64_t log_record(size_t n, const struct slice *words);
+static uint64_t aof_append(size_t n, const struct slice *words);
 
 /* A command's name as errors write it. */
 static struct text lower(const struct command *cmd) {
@@ -729,7 +730,7 @@ static bool parse_ms(struct conn *c, struct slice s, int unit, int64_t min, int6
     if (!parse_int(s, ms)) return fail(c, NOT_INT);
     if (*ms < min || *ms < INT64_MIN / scale || *ms > (INT64_MAX - base) / scale)
         return fail(c, "ERR invalid expire time in '%s' command", lower(c->cmd).text);
-    *ms = *ms * scale + base < 0 ? 0 : *ms * scale + base; /* below 0: KEEP, NEVER */
+    *ms = *ms * scale + base < 0 ? 0 : *ms * scale + base; /* negative is KEEP or NEVER */
     return true;
 }
 
@@ -748,7 +749,7 @@ static bool store(struct conn *c, struct slice value, int64_t when) {
         record[0] = str("DEL");
         if (fresh) return true;
         table_remove(t, c->link);
-        c->shard->logged = log_record(2, record);
+        c->shard->appended = aof_append(2, record);
         return true;
     }
     if (has && (t->heap_len & (t->heap_len - 1)) == 0) { /* a power of two, or 0 */
@@ -772,7 +773,7 @@ static bool store(struct conn *c, struct slice value, int64_t when) {
     else deadline_clear(t, e);
     if (has) record[4].len = (size_t)sprintf(ms, "%" PRId64, when);
     record[2] = entry_value(e);
-    c->shard->logged = log_record(has ? 5 : 3, record);
+    c->shard->appended = aof_append(has ? 5 : 3, record);
     if (t->count * 2 >= t->size * 3 && t->size < INT32_MAX) table_grow(t);
     return true;
 }
@@ -807,7 +808,7 @@ static bool cmd_set(struct conn *c) {
     return store(c, c->argv[2], when) && reply_status(c, "OK");
 }
 
-/* DEL and EXISTS, for one of their keys. */
+/* DEL and EXISTS, for one of their keys. DEL stores what expired in 1970. */
 static bool cmd_del(struct conn *c) {
     return *c->link && (!(c->cmd->flags & WRITES) || store(c, str(""), 0));
 }
@@ -830,7 +831,7 @@ static bool cmd_incr(struct conn *c) {
 static bool cmd_expire(struct conn *c) {
     int64_t when = NEVER, unit = c->cmd->number;
     if (c->argc > 3) return fail(c, "ERR Unsupported option %s", show(c->argv[3]).text);
-    if (unit && !parse_ms(c, c->argv[2], c->cmd->number, INT64_MIN, &when)) return false;
+    if (unit && !parse_ms(c, c->argv[2], (int)unit, INT64_MIN, &when)) return false;
     if (!*c->link || (!unit && !(*c->link)->slot)) return reply_int(c, 0);
     return store(c, entry_value(*c->link), when) && reply_int(c, 1);
 }
@@ -908,7 +909,7 @@ static bool cmd_keys(struct conn *c) {
         }
     c->out.failed |= found.failed;
     free(found.p);
-    c->seen = log_record(0, NULL); /* the reply may reveal any key */
+    c->seen = aof_append(0, NULL); /* the reply may reveal any key */
     return count ? reply_int(c, (int64_t)n) : reply_list(c, start, n, "key");
 }
 
@@ -931,11 +932,11 @@ static bool cmd_flush(struct conn *c) {
     struct table *old = calloc((size_t)opt.shards, sizeof *old);
     if (!old) return fail(c, "OOM out of memory");
     for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
-    uint64_t end = c->seen = log_record(1, &(struct slice){(char[]){"FLUSHALL"}, 8});
+    uint64_t end = c->seen = aof_append(1, (struct slice[]){str("FLUSHALL")});
     for (long i = 0; i < opt.shards; i++) {
         old[i] = shards[i].table;
         shards[i].table = (struct table){0};
-        shards[i].logged = end;
+        shards[i].appended = end;
         pthread_mutex_unlock(&shards[i].lock);
     }
     for (long i = 0; i < opt.shards; i++) table_free(&old[i]);
@@ -1009,7 +1010,7 @@ static const struct command commands[] = {
     {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, 0, NULL},
     {"ECHO", "message", 2, 2, 0, cmd_ping, 0, "the message"},
     {"HELP", "[command]", 1, 2, OPEN, cmd_help, 0, "this list, or more on one command"},
-    {"AUTH", "[default] password", 2, ANY, OPEN, cmd_auth, 1, "log in; replies OK"},
+    {"AUTH", "[default] password", 2, ANY, OPEN, cmd_auth, 0, "log in; replies OK"},
     {"QUIT", "", 1, ANY, OPEN, cmd_quit, 0, "close the connection; replies OK"},
     {"POST", NULL, 1, ANY, OPEN, cmd_quit, 1, ""},
     {"Host:", NULL, 1, ANY, OPEN, cmd_quit, 1, ""},
@@ -1054,7 +1055,7 @@ static bool run_on_key(struct conn *c, struct slice key) {
     c->link = table_find(&s->table, c->hash, key);
     c->out.failed |= !c->link; /* then the connection ends */
     bool result = c->link && c->cmd->run(c);
-    if (c->seen < s->logged) c->seen = s->logged;
+    if (c->seen < s->appended) c->seen = s->appended; /* the reply waits for that */
     pthread_mutex_unlock(&s->lock);
     return result;
 }
@@ -1203,7 +1204,7 @@ static uint32_t crc32c(const char *p, size_t n) {
 /* Appends a record, an array of n words as in RESP. n 0: nothing. Called with the lock of
    the key's shard held, so that the log has the order of what happened. Returns the log's
    end, 0 without --aof. */
-static uint64_t log_record(size_t n, const struct slice *words) {
+static uint64_t aof_append(size_t n, const struct slice *words) {
     if (aof_fd < 0) return 0;
     pthread_mutex_lock(&aof.lock);
     struct buf *b = &aof.gathered;
@@ -1337,14 +1338,14 @@ static size_t replay(char *map, size_t size, bool *sealed) {
 static void aof_open(void) {
     struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     struct stat st;
-    char *map = NULL, *path = strdup(opt.aof);
+    char *path = strdup(opt.aof);
     bool sealed = false;
     long max_value = opt.max_value;
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     must(path && fd >= 0 && fstat(fd, &st) == 0, "open");
     must(fcntl(fd, F_SETLK, &all) == 0, "in use by another kv");
     size_t size = (size_t)st.st_size;
-    if (size > 0) map = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0);
+    char *map = mmap(NULL, size + 1, PROT_READ, MAP_PRIVATE, fd, 0); /* 0 is refused */
     must(map != MAP_FAILED, "read");
     for (uint32_t i = 0; i < 256; i++) {
         crc_table[i] = i;
@@ -1360,7 +1361,7 @@ static void aof_open(void) {
     must(ftruncate(fd, (off_t)good) == 0, "truncate");
     if (good == 0 || (good == size && !sealed))
         must(dprintf(fd, "#CRC32C:%08x\r\n", crc32c(map, good)) > 0, "write");
-    if (map) munmap(map, size);
+    munmap(map, size + 1);
     aof_fd = fd;
     int dir = open(dirname(path), O_RDONLY);
     must(fsync(fd) == 0 && fsync(dir) == 0, "fsync");
@@ -1478,7 +1479,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 256 && accept_client(listener.fd); i++) continue;
     close(listener.fd);
     say(INFO, "stopping with %ld clients", atomic_load(&connected));
-    /* After SHUT_RD a thread still reads what has arrived (on Linux), answers it, and then
+    /* After SHUT_RD a thread still reads what has arrived (on Linux), answers it and then
        sees the end of the input. Who has not taken the replies in time is dropped. */
     for (int ms = 0; atomic_load(&connected) > 0 && ms < 2 * STOP_GRACE; ms += 5) {
         if (ms == STOP_GRACE) atomic_fetch_add(&stopping, 1);
