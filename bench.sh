@@ -9,7 +9,7 @@
 #     # expect: slower, for only one thread works at a time         any text
 #     # load: -t set,get -c 50 -P 16 -r 100000 -n 1000000           several lines: several loads
 #     # first: -t set -c 50 -P 16 -r 100000 -n 1000000              fills both before the first load
-#     # options: -s 256                                             of kv
+#     # options: --aof DIR/aof                                      of kv; DIR: one of its own
 #     # measure: rate p99           rate if not said; avg min p50 p99 max in ms; cpu in s per
 #                                   million requests; rss and virtual, peaks of memory, in MB
 #     # passes: SET|GET             tests that it must pass all the same, as bats -f takes them
@@ -29,6 +29,8 @@ usage() {
 ./bench.sh                             kv alone: commands, connections, pipelining, nc
 ./bench.sh compare                     kv beside redis-server, and beside memcached where
                                        memtier_benchmark is there: rates, memory, processor time
+./bench.sh aof                         kv with its file beside kv without, and beside redis-server:
+                                       rates, fsyncs per write, seconds to replay
 ./bench.sh alternatives [NAME]         kv beside what was rejected, doc/alternatives/NAME.patch
 ./bench.sh alternatives --check [NAME] does each apply, build, pass and fail its tests?
 ./bench.sh plot                        draws doc/rate-over-connections.svg, doc/latency-over-rate.svg
@@ -78,7 +80,7 @@ launch() { # NAME REGEX COMMAND...: starts a server and waits for a line of its 
     pid[$1]=$!
     until [[ $(<"$tmp/$1.log") =~ $2 ]]; do
         kill -0 "${pid[$1]}" 2>/dev/null && ((SECONDS < end)) || return 1
-        sleep 0.02
+        sleep 0.005 # replay measures how long a start takes
     done
 }
 
@@ -111,6 +113,7 @@ run() { "$@" & wait "$!"; } # COMMAND...
 
 cleanup() { # however this script ends: nothing runs on, no file is left
     local signal jobs
+    trap '' INT TERM HUP # another Ctrl-C does not stop this
     say ''
     {
         for signal in TERM KILL; do
@@ -128,10 +131,11 @@ cleanup() { # however this script ends: nothing runs on, no file is left
 }
 
 # --- measuring ----------------------------------------------------------------------------
-# bench, stream and memtier run a load, and set $result, or $error and fail.
+# bench, stream, memtier, fsyncs and replay run a load, and set $result, or $error and fail.
 
 declare -A result=() unit=([rate]=1/s [avg]=ms [min]=ms [p50]=ms [p99]=ms [max]=ms [cpu]=s/million
-    [rss]=MB [virtual]=MB [key]=bytes [connection]=KiB [ratio]=1 [mad]=1 [low]=1 [high]=1)
+    [rss]=MB [virtual]=MB [key]=bytes [connection]=KiB [fsyncs]=1/100 [start]=s
+    [ratio]=1 [mad]=1 [low]=1 [high]=1)
 
 # redis-benchmark runs on for ever when its server dies: hence timeout. At 10000 connections it
 # takes some eight seconds to connect, for it sleeps after every 64.
@@ -229,7 +233,7 @@ set_most() { # sets $most: a connection takes a descriptor and a thread, of whic
 
 # Two programs take turns with the same load, and in being first. Round 0 warms up with a tenth
 # of the requests and does not count. $tmp/rounds gets lines "NAME A B".
-pair() { # TABLE LOAD A B REQUESTS bench|stream|memtier ARGUMENT...
+pair() { # TABLE LOAD A B REQUESTS bench|stream|... ARGUMENT...
     local table=$1 load=$2 a=$3 b=$4 n=$5 round name program turn
     local -A of=()
     shift 5
@@ -474,6 +478,112 @@ memtier() { # NAME REQUESTS SET|GET
     [[ ${result[rate]} ]]
 }
 
+# --- the append-only file -----------------------------------------------------------------
+# A server's name is kv or Redis, with what --fsync or appendfsync says: kv-always. kv-none has no
+# file. The files are in $tmp: TMPDIR on another disk measures that one.
+
+aof() {
+    local a b n policy arguments label start
+    need nc redis-benchmark redis-server
+    say '%s\n' "$(redis-server --version | cut -d ' ' -f 1-3) --auto-aof-rewrite-percentage 0"
+    start=${EPOCHREALTIME/./}
+    run dd if=/dev/zero of="$tmp/disk" bs=64 count=200 oflag=sync 2>/dev/null || true
+    say 'Files in %s, %s; to write 64 bytes and wait for the disk takes dd %d us.\n' "${tmp%/*}" \
+        "$(df -T "$tmp" 2>/dev/null | awk 'END {print $2}')" $(((${EPOCHREALTIME/./} - start) / 200))
+
+    pair_heading A/s B/s
+    while IFS='|' read -r -u 3 a b n arguments; do
+        policy=${a#*-} label="$a / ${b%-"$policy"}$arguments"
+        start_aof "$a"
+        start_aof "$b"
+        # shellcheck disable=SC2086 # many words
+        pair aof "$label" "$a" "$b" $((n * scale / 100)) bench -t set -r 100000 -c 50 $arguments
+        pair_row aof "$label" "$a" "$b" rate
+        stop "$a" "$b"
+    done 3<<'END'
+kv-always|Redis-always|50000|
+kv-everysec|Redis-everysec|150000|
+kv-everysec|Redis-everysec|1000000| -P 16
+kv-everysec|kv-none|150000|
+kv-everysec|kv-none|1000000| -P 16
+END
+    say 'SET a second, redis-benchmark -c 50 -r 100000, medians of %d rounds. The ratio is the median of\n' \
+        "$rounds"
+    say 'the ratios A / B of each round. Both with --fsync always or everysec; kv-none has no file.\n'
+    aof_fsyncs
+    aof_replay
+}
+
+start_aof() { # NAME: on a new file
+    rm -rf "${tmp:?}/$1"
+    mkdir "$tmp/$1"
+    case $1 in
+        kv-none) start_kv "$1" "$kv" ;;
+        kv-*) start_kv "$1" "$kv" --aof "$tmp/$1/aof" --fsync "${1#*-}" ;;
+        *) start_redis "$1" --appendonly yes --dir "$tmp/$1" --appendfsync "${1#*-}" \
+            --auto-aof-rewrite-percentage 0 ;; # nor does kv rewrite its file
+    esac
+}
+
+aof_fsyncs() {
+    local name tracer=(strace -D -f --seccomp-bpf -e 'trace=fsync,fdatasync')
+    if ! strace -f --seccomp-bpf -o "$tmp/out" true 2>/dev/null; then
+        say '\nfsyncs per SET: left out, as strace is not there, is too old or may not trace.\n' && return
+    fi
+    tracer=("${leash[@]}" "${tracer[@]}")
+    for name in kv-always Redis-always; do
+        local leash=("${tracer[@]}" -o "$tmp/$name.trace")
+        start_aof "$name"
+    done
+    pair_heading kv Redis
+    pair aof 'fsyncs, always' kv-always Redis-always $((20000 * scale / 100)) fsyncs \
+        -t set -r 100000 -c 50
+    pair_row aof 'fsyncs, always' kv-always Redis-always fsyncs 'fsyncs per 100 SET, always'
+    stop kv-always Redis-always
+    say 'By strace, during redis-benchmark -c 50 -r 100000; to be traced makes an fsync slower.\n'
+}
+
+fsyncs() { # NAME REQUESTS ARGUMENT...
+    local call='sync.*= 0$' before
+    before=$(grep -c "$call" "$tmp/$1.trace" || true)
+    bench "$@" || return 1
+    result=([fsyncs]=$(calc "($(grep -c "$call" "$tmp/$1.trace") - $before) * 100 / $2"))
+}
+
+aof_replay() {
+    local label="replay of $keys"
+    prepare text SET 1
+    progress 'making a file to replay'
+    start_aof kv-no
+    stream kv-no "$keys" SET 1 || die "$error"
+    stop kv-no
+    pair_heading 'kv, s' Redis
+    pair aof "$label" kv Redis "$keys" replay
+    pair_row aof "$label" kv Redis start "start, $keys records"
+    say 'Seconds until clients are let in, both with the same file of %d bytes, which kv has made\n' \
+        "$(wc -c <"$tmp/kv-no/aof")"
+    say 'from SET by nc, keys of 16 bytes, values of 32.\n'
+}
+
+# Starts on the file of kv-no. The warm-up replays all of it too.
+replay() { # NAME IGNORED
+    local start=${EPOCHREALTIME/./} fd got=''
+    if [[ $1 = kv ]]; then start_kv kv "$kv" --aof "$tmp/kv-no/aof"; else
+        rm -rf "$tmp/replay"
+        mkdir "$tmp/replay"
+        ln "$tmp/kv-no/aof" "$tmp/replay/aof" # Redis moves it, and appends to one of its own
+        start_redis "$1" --appendonly yes --dir "$tmp/replay" --appendfilename aof
+    fi
+    result=([start]=$(calc "(${EPOCHREALTIME/./} - $start) / 1000000"))
+    exec {fd}<>"/dev/tcp/127.0.0.1/${port[$1]}"
+    printf '*1\r\n$6\r\nDBSIZE\r\n' >&"$fd"
+    read -r -u "$fd" got || true
+    exec {fd}>&-
+    stop "$1"
+    error="$1 has loaded ${got//[^0-9]/} keys, not $keys"
+    [[ $got = :$keys$'\r' ]]
+}
+
 # --- what was rejected --------------------------------------------------------------------
 
 alternatives() { # [NAME]
@@ -523,7 +633,7 @@ check_tests() { # NAME ok|not\ ok REGEX
     local number
     [[ $3 ]] || return 0
     progress "$1: the tests like $3"
-    KV=$tmp/$1/kv run timeout 900 ./test.sh --tap -f "$3" >"$tmp/tap" 2>&1 || true
+    KV=$tmp/$1/kv TMPDIR=$tmp run timeout 900 ./test.sh --tap -f "$3" >"$tmp/tap" 2>&1 || true
     number=$(awk -v word="$2 " '/^1\.\./ {plan = substr($0, 4)}
         /^(not )?ok / {n++; if (index($0, word) != 1 || / # skip/) bad++}
         END {print bad || n != plan ? 0 : n + 0}' "$tmp/tap")
@@ -652,7 +762,7 @@ while (($#)); do
         --csv) (($# > 1)) || wrong '--csv needs a file' && csv=$(realpath -- "$2") && shift ;;
         --quick) quick=1 ;;
         --check) check=1 ;;
-        compare | alternatives | plot) [[ $mode = alone ]] || wrong "$mode or $1?" && mode=$1 ;;
+        compare | aof | alternatives | plot) [[ $mode = alone ]] || wrong "$mode or $1?" && mode=$1 ;;
         *) [[ $mode = alternatives && $1 != -* && ! $name ]] || wrong "what is $1?" && name=$1 ;;
     esac
     shift

@@ -973,8 +973,7 @@ static bool cmd_auth(struct conn *c) {
     int differ =
         user.len != 7 || memcmp(user.p, "default", 7) != 0 || (n && n != word.len);
     for (size_t i = 0; n && i < word.len; i++) differ |= word.p[i] ^ password[i % n];
-    c->authed |= !differ;
-    if (!differ) return reply_status(c, "OK");
+    if (!differ) return c->authed = reply_status(c, "OK");
     if (++c->tries == 10) c->closing = "ten wrong passwords";
     return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
 }
@@ -1111,7 +1110,7 @@ static void fill(struct conn *c) {
     in->len -= c->pos;
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
     c->pos = 0;
-    for (; buf_reserve(in, 2 * SMALL_BUF); looks--) {
+    for (; buf_reserve(in, 2UL * SMALL_BUF); looks--) {
         int flags = looks > 0 ? MSG_DONTWAIT : 0;
         n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
         if (n >= 0 || (errno != EINTR && (errno != EAGAIN || !flags))) break;
@@ -1201,9 +1200,9 @@ static uint32_t crc32c(const char *p, size_t n) {
     return ~crc;
 }
 
-/* Appends a record, an array of n words as in RESP. n 0: nothing. Called with the lock of
-   the key's shard held, so that the log has the order of what happened. Returns the log's
-   end, 0 without --aof. */
+/* Appends a record, an array of n words as in RESP. n 0: only tells the end. Called with
+   the lock of the key's shard held, so that the log has the order of what happened.
+   Returns the log's end, 0 without --aof. */
 static uint64_t aof_append(size_t n, const struct slice *words) {
     if (aof_fd < 0) return 0;
     pthread_mutex_lock(&aof.lock);
@@ -1251,7 +1250,7 @@ static void write_batch(void) {
     if (bad != atomic_load(&disk_bad))
         say(bad ? ERROR : WARN, "%s: %s", opt.aof, bad ? strerror(errno) : "works again");
     if (!bad && *opt.fsync == 'a') must(fsync(aof_fd) == 0, "fsync");
-    buf_slim(b);
+    if (b->cap > IO_CHUNK) buf_slim(b);
     pthread_mutex_lock(&aof.lock);
     atomic_store(&disk_bad, bad);
     if (!bad) atomic_store(&aof.safe, aof.taken);
@@ -1260,9 +1259,11 @@ static void write_batch(void) {
 }
 
 /* Waits until the log is as safe up to upto as --fsync asks. Group commit: the first who
-   comes writes for all who have come, the others wait for the next turn. Returns false
-   when the file cannot be written. */
+   comes writes for all who have come, the others wait for the next turn. Where that takes
+   an fsync, who comes lets others come first. Returns false when writing fails. */
 static bool aof_commit(uint64_t upto) {
+    for (int i = 0; i < LOOKS && *opt.fsync == 'a' && atomic_load(&aof.safe) < upto; i++)
+        sched_yield();
     if (atomic_load(&aof.safe) >= upto) return true;
     pthread_mutex_lock(&aof.lock);
     while (atomic_load(&aof.safe) < upto && !atomic_load(&disk_bad))
@@ -1272,12 +1273,12 @@ static bool aof_commit(uint64_t upto) {
     return atomic_load(&aof.safe) >= upto;
 }
 
-/* Done each second by the expiry thread: tries again what could not be written, and with
-   --fsync everysec has the disk keep what was. */
+/* Done each second by the expiry thread, which a slow disk holds up: tries again what
+   could not be written, and with --fsync everysec has the disk keep what was. */
 static void aof_tick(void) {
     static uint64_t kept;
     pthread_mutex_lock(&aof.lock);
-    if (atomic_load(&disk_bad) && !aof.writing) write_batch();
+    for (int i = 0; i < 2 && !aof.writing && aof.safe < aof.end; i++) write_batch();
     pthread_mutex_unlock(&aof.lock);
     uint64_t safe = atomic_load(&aof.safe);
     if (*opt.fsync == 'e' && safe != kept) must(fsync(aof_fd) == 0, "fsync");
@@ -1301,7 +1302,7 @@ static size_t replay(char *map, size_t size, bool *sealed) {
     size_t start = 0;
     while (start < size && !wrong) {
         for (c.pos = start; c.pos < size && map[c.pos] != '#' && take_array(&c);)
-            c.argc = c.bytes = c.words.len = 0;
+            c.argc = c.bytes = c.words.len = c.out.len = 0;
         p = map + c.pos;
         *sealed = is_checksum(p, end);
         if (!*sealed && (p < end || start > 0)) break;
@@ -1311,7 +1312,7 @@ static size_t replay(char *map, size_t size, bool *sealed) {
             if (!*sealed) start = c.pos;
             c.argc = c.bytes = c.words.len = c.out.len = 0;
             if (!take_array(&c) || c.argc == 0 || !run_request(&c)) wrong = "bad record";
-            if (ticks() < next) continue;
+            if (c.pos % 256 || ticks() < next) continue; /* look now and then */
             say(INFO, "%s: %d %% loaded", opt.aof, (int)(100 * c.pos / size));
             next += SECOND;
         }
@@ -1323,8 +1324,7 @@ static size_t replay(char *map, size_t size, bool *sealed) {
         start = c.pos;
     }
     for (p = map + start; p < end && !wrong; p++)
-        if (is_checksum(p, end) && (p[-1] == '\n' || p + 18 == end))
-            wrong = "damaged record";
+        if (is_checksum(p, end)) wrong = "damaged record";
     if (wrong)
         exit(say(ERROR, "%s: %s at byte %zu %s; to cut: truncate -s %zu %s", opt.aof,
                  wrong, start, show((struct slice){c.out.p, c.out.len}).text, start,
@@ -1369,14 +1369,12 @@ static void aof_open(void) {
     free(path);
 }
 
-/* Writes and syncs what is left; other threads have ended. Returns the exit status. */
+/* Writes and syncs what is left. Returns the exit status. */
 static int aof_close(void) {
     if (aof_fd < 0) return 0;
     atomic_store(&disk_bad, false); /* one last try */
     bool done = aof_commit(aof.end);
     must(fsync(aof_fd) == 0, "fsync");
-    free(aof.gathered.p);
-    free(aof.batch.p);
     return done ? 0 : 1;
 }
 
@@ -1466,9 +1464,9 @@ int main(int argc, char **argv) {
     prepare();
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
+    if (opt.aof) aof_open();
     sigaction(SIGINT, &(struct sigaction){.sa_handler = on_signal}, NULL);
     sigaction(SIGTERM, &(struct sigaction){.sa_handler = on_signal}, NULL);
-    if (opt.aof) aof_open();
     struct pollfd listener = {.fd = listen_on(), .events = POLLIN};
     int error = pthread_create(&expiry, NULL, expiry_main, NULL);
     if (error) exit(say(ERROR, "cannot start a thread: %s", strerror(error)));
@@ -1481,11 +1479,11 @@ int main(int argc, char **argv) {
     say(INFO, "stopping with %ld clients", atomic_load(&connected));
     /* After SHUT_RD a thread still reads what has arrived (on Linux), answers it and then
        sees the end of the input. Who has not taken the replies in time is dropped. */
-    for (int ms = 0; atomic_load(&connected) > 0 && ms < 2 * STOP_GRACE; ms += 5) {
+    for (int ms = 0; atomic_load(&connected) > 0 && ms < 2 * STOP_GRACE; ms += 20) {
         if (ms == STOP_GRACE) atomic_fetch_add(&stopping, 1);
         for (int fd = 3; ms % STOP_GRACE == 0 && fd < max_fds; fd++)
             shutdown(fd, ms == 0 ? SHUT_RD : SHUT_RDWR);
-        nanosleep(&(struct timespec){0, 5000000}, NULL);
+        nanosleep(&(struct timespec){0, 20000000}, NULL);
         if (atomic_load(&stopping) > 1 + (ms >= STOP_GRACE))
             exit(say(ERROR, "second signal: stopped at once"));
     }
@@ -1493,6 +1491,8 @@ int main(int argc, char **argv) {
     int failed = aof_close();
     if (atomic_load(&connected) > 0) return failed; /* a thread is busy: leave it all */
     for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
+    free(aof.gathered.p);
+    free(aof.batch.p);
     say(INFO, "stopped");
     return failed;
 }
