@@ -99,16 +99,16 @@ struct buf {
    replies are out, or NULL; broken: then without lingering. in: what was read; the next
    request starts at pos; of a line, the scanned bytes from there hold no newline. argv:
    the argc words of the request, which point into in; bytes: the sum of their lengths.
-   out: replies not yet sent, to asked requests; they reveal the log as far as seen; with
-   wrote, one of them may have changed data.
+   out: replies not yet sent, to asked requests; they reveal the log as far as seen, and
+   have changed about wrote bytes, 0: none.
    While cmd works on a key: key; shard: the key's, locked; hash: its part for the table;
    link: points at the key's entry, or is where the pointer to a new one goes. */
 struct conn {
     int fd, tries;
-    bool resp, crlf, broken, wrote, authed;
+    bool resp, crlf, broken, authed;
     const char *closing;
     struct buf in, words, out;
-    size_t pos, scanned, argc, bytes, asked;
+    size_t pos, scanned, argc, bytes, asked, wrote;
     uint64_t seen;
     const struct command *cmd;
     struct shard *shard;
@@ -767,7 +767,7 @@ static bool store(struct conn *c, struct slice value, int64_t when) {
         t->count++;
     }
     *c->link = e;
-    e->vlen = (uint32_t)value.len;
+    c->wrote += e->vlen = (uint32_t)value.len;
     memmove(e->data + e->klen, value.p, value.len);
     if (has) heap_sift(t, e->slot ? e->slot : ++t->heap_len, (struct deadline){when, e});
     else deadline_clear(t, e);
@@ -952,7 +952,7 @@ static void read_password(void) {
     const char *wrong = NULL;
     if (!f || fstat(fileno(f), &st) < 0) wrong = strerror(errno);
     else if (st.st_mode & 077) wrong = "others may read it: chmod 600 helps";
-    else if (!fgets(password, sizeof password, f) || *password == '\n')
+    else if (!fgets(password, sizeof password, f) || !strcspn(password, "\n"))
         wrong = "is empty";
     if (wrong) exit(say(USAGE, "--password-file %s: %s", opt.password_file, wrong));
     password[strcspn(password, "\n")] = 0;
@@ -1071,7 +1071,7 @@ static bool run_request(struct conn *c) {
     if (!c->authed && !(cmd->flags & OPEN))
         return fail(c, "NOAUTH Authentication required.");
     if (cmd->flags & WRITES && atomic_load(&disk_bad)) return fail(c, MISCONF);
-    c->wrote |= (cmd->flags & WRITES) != 0;
+    c->wrote += cmd->flags & WRITES;
     if (cmd->flags & ONE_KEY) return run_on_key(c, c->argv[1]);
     if (!(cmd->flags & EACH_KEY)) return cmd->run(c);
     for (size_t i = 1; i < c->argc; i++) n += run_on_key(c, c->argv[i]);
@@ -1081,8 +1081,9 @@ static bool run_request(struct conn *c) {
 /* === 9 Connections ================================================================= */
 static bool aof_commit(uint64_t upto);
 
-/* Sends all replies, once what they reveal is safe in the append-only file; waits for the
-   client, up to --timeout. Sets closing on failure. */
+/* Sends all replies, once what they reveal is safe in the append-only file; if it cannot
+   be and one of the requests writes, all replies become MISCONF, in the form of the last.
+   Waits for the client, up to --timeout. Sets closing on failure. */
 static void flush(struct conn *c) {
     if (!aof_commit(c->seen) && c->wrote)
         for (c->out.len = 0; c->asked > 0; c->asked--)
@@ -1163,7 +1164,7 @@ static void *conn_main(void *arg) {
         for (size_t was = 0; !c.closing && next_request(&c); was = c.out.len) {
             if (c.argc > 0) run_logged(&c, client.text);
             c.asked += c.out.len > was;
-            if (c.out.len >= IO_CHUNK) flush(&c);
+            if (c.out.len + c.wrote >= IO_CHUNK) flush(&c);
         }
         flush(&c);
     }
@@ -1308,11 +1309,11 @@ static size_t replay(char *map, size_t size, bool *sealed) {
         if (!*sealed && (p < end || start > 0)) break;
         if (*sealed && crc32c(map + start, c.pos - start) != strtoul(p + 8, NULL, 16))
             wrong = "wrong checksum";
-        for (c.pos = start; map + c.pos < p && !wrong;) {
+        for (c.pos = start; map + c.pos < p && !wrong; c.out.len *= wrong != NULL) {
             if (!*sealed) start = c.pos;
-            c.argc = c.bytes = c.words.len = c.out.len = 0;
+            c.argc = c.bytes = c.words.len = 0;
             if (!take_array(&c) || c.argc == 0 || !run_request(&c)) wrong = "bad record";
-            if (c.pos % 256 || ticks() < next) continue; /* look now and then */
+            if (c.pos % 251 || ticks() < next) continue; /* look now and then */
             say(INFO, "%s: %d %% loaded", opt.aof, (int)(100 * c.pos / size));
             next += SECOND;
         }
@@ -1337,14 +1338,13 @@ static size_t replay(char *map, size_t size, bool *sealed) {
 /* Opens, locks and replays the file. */
 static void aof_open(void) {
     struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    struct stat st;
     char *path = strdup(opt.aof);
     bool sealed = false;
     long max_value = opt.max_value;
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
-    must(path && fd >= 0 && fstat(fd, &st) == 0, "open");
+    must(path && fd >= 0, "open");
     must(fcntl(fd, F_SETLK, &all) == 0, "in use by another kv");
-    size_t size = (size_t)st.st_size;
+    size_t size = (size_t)lseek(fd, 0, SEEK_END);
     char *map = mmap(NULL, size + 1, PROT_READ, MAP_PRIVATE, fd, 0); /* 0 is refused */
     must(map != MAP_FAILED, "read");
     for (uint32_t i = 0; i < 256; i++) {
@@ -1364,7 +1364,7 @@ static void aof_open(void) {
     munmap(map, size + 1);
     aof_fd = fd;
     int dir = open(dirname(path), O_RDONLY);
-    must(fsync(fd) == 0 && fsync(dir) == 0, "fsync");
+    must(fsync(fd) == 0 && (dir < 0 || fsync(dir) == 0), "fsync");
     close(dir);
     free(path);
 }
@@ -1449,7 +1449,8 @@ static void prepare(void) {
     if (pthread_attr_init(&detached) || pthread_attr_setstacksize(&detached, STACK) ||
         pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED))
         exit(say(ERROR, "cannot set up threads"));
-    int fd = open("/dev/urandom", O_RDONLY);
+    int fd;
+    while ((fd = open("/dev/urandom", O_RDONLY)) >= 0 && fd < 3) continue;
     if (fd < 0 || read(fd, seed, sizeof seed) != sizeof seed)
         exit(say(ERROR, "cannot read /dev/urandom: %s", strerror(errno)));
     close(fd);

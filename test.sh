@@ -2114,7 +2114,7 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
         no_password "$tmp/password.*(read|mode|chmod|permission)" "$tmp/password"
         not grep sesame "$tmp/stderr"
     done
-    for text in '' '\n' '\nsesame\n'; do
+    for text in '' '\n' '\nsesame\n' '\0sesame\n'; do
         (umask 077 && printf '%b' "$text" >"$tmp/empty")
         no_password "$tmp/empty.*empty" "$tmp/empty"
     done
@@ -2992,6 +2992,42 @@ synced_first='
     (($(grep -c 'sync.*= 0$' "$tmp/trace") == before))
     end_trace
     (($(grep -c 'sync.*= 0$' "$tmp/trace") > before))
+}
+
+@test "a server that starts while another one stops has all that this one answered" {
+    command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
+    export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
+    start_aof
+    ask 'SET a 1' | is OK
+    # The second server has opened the file, and waits a moment before it asks for the lock.
+    "${leash[@]}" strace -D -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=700000 \
+        "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>"$tmp/second" 3>&- 4>&- &
+    second=$!
+    helpers+=("$second")
+    wait_until test "/proc/$second/fd/3" -ef "$tmp/aof"
+    ask 'SET b 2' | is OK
+    stop_kv
+    wait_until grep -q listening "$tmp/second"
+    port=$(sed -n 's/.*listening.*:\([0-9]*\)$/\1/p' "$tmp/second")
+    ask 'GET a' 'GET b' | is 1 2
+}
+
+@test "thousands of requests with short replies and large records stay within bounded memory" {
+    start_aof
+    ask "SET a $(x 1000000)" | is OK
+    yes 'EXPIRE a 1000' | head -n 300 | talk | uniq -c | is_like ' *300 1'
+    takes_less VmHWM 60000
+}
+
+@test "without a stderr nothing of the log goes into the file" {
+    for try in 1 2 3 4 5; do # until the port is free
+        port=$((20000 + RANDOM % 10000))
+        background bash -c 'exec 2>&-; exec "$@"' - "$KV" -p "$port" --aof "$tmp/aof"
+        if patience=3 wait_until ping; then break; fi
+    done
+    ask 'SET a 1' | is OK
+    not grep -a listening "$tmp/aof"
+    (($(size_of "$tmp/aof") < 100))
 }
 
 @test "SIGTERM leaves a complete file that has been fsynced, whatever the policy" {
