@@ -84,7 +84,6 @@ DRIVER static bool write_file(void) {
     conn_main(NULL);
     chance = 0;
     CLAIM(aof_close() == 0);
-    aof.gathered = aof.batch = (struct buf){0};
     end_batch();
     free_tables();
     return true;
@@ -144,7 +143,6 @@ DRIVER static void log_again(void) {
             }
     CLAIM(state(0) == was);
     CLAIM(aof_close() == 0);
-    aof.gathered = aof.batch = (struct buf){0};
     sys_free(c.out.p);
     for (int i = 0; i < 2; i++) table_free(&old[i]);
     free_tables();
