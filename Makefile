@@ -54,7 +54,7 @@ kv-fuzz-%: doc/fuzz/%.c doc/fuzz/system.h kv.c
 # The counts are written when kv ends: tests that end it with kill -9 add nothing.
 coverage: kv-gcov ## run the tests, print how much of kv.c they reach and which lines they do not
 	rm -f kv-gcov-kv.gcda
-	KV=./kv-gcov ./test.sh
+	KV=./kv-gcov ./test.sh || echo 'What gcov writes and counts itself upsets tests that trace calls or look at the clock.'
 	@gcov -n -o . kv-gcov-kv.gcda | sed -n 's/^Lines executed:/kv.c: /p' | head -n 1
 	@gcov -t -o . kv-gcov-kv.gcda 2>/dev/null | sed -n 's/^ *#####: *//p'
 kv-gcov: kv.c

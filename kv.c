@@ -77,7 +77,7 @@ enum { FEW_CLIENTS = 100, LOOKS = 10, SMALL_BUF = 512, IO_CHUNK = 65536, STACK =
 /* The expiry thread looks every TICK and removes up to BATCH entries per lock; KEYS looks
    at WALK_BUCKETS per lock. After SIGTERM clients have STOP_GRACE to take their replies,
    and LINGER to read why they are closed. Times are in ms. */
-enum { TICK = 100, BATCH = 128, WALK_BUCKETS = 64, STOP_GRACE = 2000, LINGER = 1000 };
+enum { TICK = 50, BATCH = 128, WALK_BUCKETS = 64, STOP_GRACE = 2000, LINGER = 1000 };
 
 /* Some bytes that belong to somebody else: a word of a request, a key, a value. */
 struct slice {
