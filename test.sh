@@ -2546,6 +2546,19 @@ check_cuts() { # FILE...
     (($(size_of "$tmp/aof") == size))
 }
 
+@test "records without a checksum line of their own, whose value holds one, are refused, not guessed at" {
+    start_aof
+    ask 'SET a 1' | is OK
+    stop_kv
+    size=$(size_of "$tmp/aof")
+    resp SET b $'x\r\n#CRC32C:00000000\r\n' >>"$tmp/aof"
+    refuses_file "byte $size\b" "$tmp/aof"
+    head -c -1 "$tmp/aof" >"$tmp/cut"
+    refuses_file "byte $size\b" "$tmp/cut"
+    resp SET c 3 >>"$tmp/aof"
+    refuses_file "byte $size\b" "$tmp/aof"
+}
+
 @test "a flipped bit anywhere is found and named, the file untouched; truncate -s helps" {
     six_batches
     hex=$(od -An -v -tx1 "$tmp/aof" | tr -d '\n' | sed 's/ /\\x/g')
