@@ -69,10 +69,11 @@
 /* MAX_SHOWN bytes of a client's word are repeated by an error or the log. OPEN_WORDS and
    OPEN_BYTES are as much as a request may have before AUTH. */
 enum { MAX_WORDS = 1024, MAX_SHOWN = 64, OPEN_WORDS = 10, OPEN_BYTES = 16384 };
-/* With up to FEW_CLIENTS a thread looks LOOKS times for input before it sleeps. Buffers
-   begin with SMALL_BUF bytes and shrink back to that; replies are sent when IO_CHUNK
-   bytes have gathered; a STACK costs only the pages that were touched. */
-enum { FEW_CLIENTS = 100, LOOKS = 10, SMALL_BUF = 512, IO_CHUNK = 65536, STACK = 65536 };
+/* With up to FEW_CLIENTS each thread looks LOOKS times for input before it sleeps, beyond
+   that LOOKERS at a time. Buffers begin with SMALL_BUF bytes; replies are sent when
+   IO_CHUNK bytes have gathered; a STACK costs only the pages that were touched. */
+enum { FEW_CLIENTS = 256, LOOKERS = 4, LOOKS = 10, SMALL_BUF = 512 };
+enum { IO_CHUNK = 65536, STACK = 65536 };
 
 /* The expiry thread looks every TICK and removes up to BATCH entries per lock; KEYS looks
    at WALK_BUCKETS per lock. After SIGTERM clients have STOP_GRACE to take their replies,
@@ -122,9 +123,9 @@ struct text {
     char text[4 * MAX_SHOWN + 8];
 };
 
-static char password[1024]; /* empty: none is needed */
-static int max_fds;         /* a client's descriptor is below this */
-static atomic_long connected;
+static char password[1024];            /* empty: none is needed */
+static int max_fds;                    /* a client's descriptor is below this */
+static atomic_long connected, looking; /* clients, and who of them looks for input */
 static int aof_fd = -1;      /* append-only file; -1: none, -2: it is being replayed */
 static atomic_bool disk_bad; /* it could not be written: writes are refused */
 static atomic_int stopping;  /* 0: serving; 1: answering what has arrived; 2: giving up */
@@ -282,9 +283,9 @@ static void buf_header(struct buf *b, size_t start, char type, size_t n) {
     b->len += len;
 }
 
-/* Gives back the memory of an empty buffer that has grown beyond SMALL_BUF. */
+/* Gives back the memory of an empty buffer that has doubled more than once. */
 static void buf_slim(struct buf *b) {
-    if (b->len > 0 || b->cap <= SMALL_BUF) return;
+    if (b->len > 0 || b->cap <= 2UL * SMALL_BUF) return;
     free(b->p);
     *b = (struct buf){.failed = b->failed};
 }
@@ -295,8 +296,6 @@ static bool reply_format(struct conn *, const char *, const char *, ...) PRINTF_
 /* An error reply: a message that begins with a code word, mostly ERR. It is false, so
    that a command can end with return fail(). */
 #define fail(c, ...) reply_format(c, "-", __VA_ARGS__)
-
-static bool is_blank(char c) { return c == ' ' || c == '\t'; }
 
 /* Whether a word is name, in upper or lower case. */
 static bool word_is(struct slice word, const char *name) {
@@ -351,16 +350,16 @@ static const char *add_word(struct conn *c, struct slice word) {
 static const char *split_line(struct conn *c, char *from, char *end) {
     const char *wrong = NULL;
     while (!wrong) {
-        while (from < end && is_blank(*from)) from++;
+        while (from < end && isblank(*from & 0xff)) from++;
         if (from == end || (c->argc == 0 && *from == '#')) return NULL;
         int mark = *from == '"' || *from == '\'' ? *from++ : 0;
         char *start = from, *to = from;
-        while (from < end && (mark ? *from != mark : !is_blank(*from))) {
+        while (from < end && (mark ? *from != mark : !isblank(*from & 0xff))) {
             if (mark != '"' || *from != '\\') *to++ = *from++;
             else if (!(from = unescape(from, to++)))
                 return "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH";
         }
-        if (mark && (from == end || (++from < end && !is_blank(*from))))
+        if (mark && (from == end || (++from < end && !isblank(*from & 0xff))))
             return "unbalanced quotes: a word that begins with a quote ends with one";
         wrong = add_word(c, (struct slice){start, (size_t)(to - start)});
     }
@@ -566,17 +565,17 @@ struct deadline {
    room for more up to the next power of two. All zero is empty. */
 struct table {
     struct entry **buckets;
-    struct deadline *heap;
     uint64_t size, count, heap_len;
+    struct deadline *heap;
 };
 
 /* Whoever works on a shard holds its lock; only cmd_keys, cmd_flush and expiry_main
    take it themselves. No two shards share a cache line. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
-    struct table table;
     uint64_t appended; /* where its last record ends in the append-only log */
-} shards[4096];        /* as many as --shards allows; what is not used costs nothing */
+    struct table table;
+} shards[4096]; /* as many as --shards allows; what is not used costs nothing */
 
 static void deadline_clear(struct table *t, struct entry *e);
 static void aof_tick(void);
@@ -962,14 +961,13 @@ static void read_password(void) {
 /* Compares all of the word, wherever it differs: the time tells nothing about the
    password. Closes after ten wrong ones. */
 static bool cmd_auth(struct conn *c) {
-    static const char none[] =
-        "called without any password configured for the default user"
-        ". Are you sure your configuration is correct?";
     struct slice word = c->argv[c->argc - 1],
                  user = c->argc > 2 ? c->argv[1] : str("default");
     size_t n = strlen(password);
     if (c->argc > 3) return fail(c, "ERR syntax error");
-    if (!n && c->argc == 2) return fail(c, "ERR AUTH <password> %s", none);
+    if (!n && c->argc == 2)
+        return fail(c, "ERR AUTH <password> called without any password configured for "
+                       "the default user. Are you sure your configuration is correct?");
     int differ =
         user.len != 7 || memcmp(user.p, "default", 7) != 0 || (n && n != word.len);
     for (size_t i = 0; n && i < word.len; i++) differ |= word.p[i] ^ password[i % n];
@@ -1100,13 +1098,14 @@ static void flush(struct conn *c) {
 }
 
 /* Reads more input behind what there is of a request, and waits for it, until --timeout
-   if there is one. Looks without waiting first, more than once where clients are few, for
-   to sleep and to be woken costs more than that; before a thread goes to sleep it gives
-   back what its buffers have grown by, so that an idle connection costs little. Where the
-   input ends or fails, says so in closing. */
+   if there is one. Looks without waiting first, for to sleep and to be woken costs more;
+   where clients are many, a few threads that look keep a processor awake for all. Who
+   goes to sleep gives back what its buffers have grown by, so that an idle connection
+   costs little. Where the input ends or fails, says so in closing. */
 static void fill(struct conn *c) {
     struct buf *in = &c->in;
-    int looks = atomic_load(&connected) <= FEW_CLIENTS ? LOOKS : 1;
+    long most = atomic_load(&connected) <= FEW_CLIENTS ? FEW_CLIENTS : LOOKERS;
+    int looks = atomic_fetch_add(&looking, 1) < most ? LOOKS : 1;
     ssize_t n = -1;
     in->len -= c->pos;
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
@@ -1116,10 +1115,12 @@ static void fill(struct conn *c) {
         n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
         if (n >= 0 || (errno != EINTR && (errno != EAGAIN || !flags))) break;
         if (looks > 1 && sched_yield() == 0) continue;
+        atomic_fetch_sub(&looking, looks == 1);
         buf_slim(in);
         buf_slim(&c->words);
         buf_slim(&c->out);
     }
+    atomic_fetch_sub(&looking, looks > 0);
     if (n > 0) in->len += (size_t)n;
     else if (n == 0) c->closing = "end of input";
     else if (in->failed) c->closing = "out of memory";
