@@ -297,6 +297,8 @@ static bool reply_format(struct conn *, const char *, const char *, ...) PRINTF_
    that a command can end with return fail(). */
 #define fail(c, ...) reply_format(c, "-", __VA_ARGS__)
 
+static bool is_blank(char c) { return c == ' ' || c == '\t'; }
+
 /* Whether a word is name, in upper or lower case. */
 static bool word_is(struct slice word, const char *name) {
     return word.len == strlen(name) && strncasecmp(word.p, name, word.len) == 0;
@@ -350,16 +352,16 @@ static const char *add_word(struct conn *c, struct slice word) {
 static const char *split_line(struct conn *c, char *from, char *end) {
     const char *wrong = NULL;
     while (!wrong) {
-        while (from < end && isblank(*from & 0xff)) from++;
+        while (from < end && is_blank(*from)) from++;
         if (from == end || (c->argc == 0 && *from == '#')) return NULL;
         int mark = *from == '"' || *from == '\'' ? *from++ : 0;
         char *start = from, *to = from;
-        while (from < end && (mark ? *from != mark : !isblank(*from & 0xff))) {
+        while (from < end && (mark ? *from != mark : !is_blank(*from))) {
             if (mark != '"' || *from != '\\') *to++ = *from++;
             else if (!(from = unescape(from, to++)))
                 return "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH";
         }
-        if (mark && (from == end || (++from < end && !isblank(*from & 0xff))))
+        if (mark && (from == end || (++from < end && !is_blank(*from))))
             return "unbalanced quotes: a word that begins with a quote ends with one";
         wrong = add_word(c, (struct slice){start, (size_t)(to - start)});
     }
@@ -1097,11 +1099,10 @@ static void flush(struct conn *c) {
     c->out.len = c->asked = c->seen = c->wrote = 0;
 }
 
-/* Reads more input behind what there is of a request, and waits for it, until --timeout
-   if there is one. Looks without waiting first, for to sleep and to be woken costs more;
-   where clients are many, a few threads that look keep a processor awake for all. Who
-   goes to sleep gives back what its buffers have grown by, so that an idle connection
-   costs little. Where the input ends or fails, says so in closing. */
+/* Waits for more input, until --timeout if there is one, and reads it behind what there
+   is of a request. Looks without waiting first, for to be woken costs more; where clients
+   are many, a few threads that look keep a processor awake for all. Who goes to sleep
+   gives back what its buffers have grown by. Where the input ends, says so in closing. */
 static void fill(struct conn *c) {
     struct buf *in = &c->in;
     long most = atomic_load(&connected) <= FEW_CLIENTS ? FEW_CLIENTS : LOOKERS;
