@@ -1327,10 +1327,10 @@ static size_t replay(char *map, size_t size, bool *sealed) {
     }
     if (!wrong && start > 0 && p > map + start) wrong = "half a batch";
     if (start == 0 && !*sealed) start = (size_t)(p - map);
+    struct slice why = {c.out.p, c.out.len};
     if (wrong)
         exit(say(ERROR, "%s: %s at byte %zu %s; to cut: truncate -s %zu %s", opt.aof,
-                 wrong, start, show((struct slice){c.out.p, c.out.len}).text, start,
-                 opt.aof));
+                 wrong, start, c.out.len ? show(why).text : "", start, opt.aof));
     free(c.words.p);
     free(c.out.p);
     return start;
