@@ -3729,7 +3729,7 @@ threads_and_fds() {
 
 # SOAK_SECONDS=600 ./test.sh -f soak is the long form: then memory must be flat to within 2 %.
 @test "soak: 200 connections come and go with all commands, and every reply is what the model says" {
-    seconds=${SOAK_SECONDS:-8} count=200 steps=150 slack=25
+    seconds=${SOAK_SECONDS:-5} count=200 steps=150 slack=25
     if ((seconds >= 600)); then slack=2; fi
     if [[ $sanitized ]]; then count=40; fi
     start_kv
