@@ -125,7 +125,7 @@ struct text {
 
 static char password[1024];            /* empty: none is needed */
 static int max_fds;                    /* a client's descriptor is below this */
-static atomic_long connected, looking; /* clients, and who of them looks for input */
+static atomic_long connected, looking; /* clients; of many, those who look */
 static int aof_fd = -1;      /* append-only file; -1: none, -2: it is being replayed */
 static atomic_bool disk_bad; /* it could not be written: writes are refused */
 static atomic_int stopping;  /* 0: serving; 1: answering what has arrived; 2: giving up */
@@ -1105,8 +1105,8 @@ static void flush(struct conn *c) {
    gives back what its buffers have grown by. Where the input ends, says so in closing. */
 static void fill(struct conn *c) {
     struct buf *in = &c->in;
-    long most = atomic_load(&connected) <= FEW_CLIENTS ? FEW_CLIENTS : LOOKERS;
-    int looks = atomic_fetch_add(&looking, 1) < most ? LOOKS : 1;
+    bool many = atomic_load(&connected) > FEW_CLIENTS; /* else nobody need count */
+    int looks = many && atomic_fetch_add(&looking, 1) >= LOOKERS ? 1 : LOOKS;
     ssize_t n = -1;
     in->len -= c->pos;
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
@@ -1116,12 +1116,12 @@ static void fill(struct conn *c) {
         n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
         if (n >= 0 || (errno != EINTR && (errno != EAGAIN || !flags))) break;
         if (looks > 1 && sched_yield() == 0) continue;
-        atomic_fetch_sub(&looking, looks == 1);
+        if (many && looks == 1) atomic_fetch_sub(&looking, 1); /* it goes to sleep */
         buf_slim(in);
         buf_slim(&c->words);
         buf_slim(&c->out);
     }
-    atomic_fetch_sub(&looking, looks > 0);
+    if (many && looks > 0) atomic_fetch_sub(&looking, 1); /* it need not sleep */
     if (n > 0) in->len += (size_t)n;
     else if (n == 0) c->closing = "end of input";
     else if (in->failed) c->closing = "out of memory";
@@ -1197,7 +1197,7 @@ static struct {
 static uint32_t crc_table[8 * 256];
 
 /* CRC-32C (Castagnoli et al., 1993), eight bytes at a time, each with a table of its own
-   (Kounavis and Berry, 2005); the last few one at a time (Sarwate, 1988). */
+   (Kounavis and Berry, 2005): 1792 is 256 * 7. The last few go one at a time. */
 static uint32_t crc32c(const char *bytes, size_t n) {
     const unsigned char *p = (const unsigned char *)bytes, *end = p + n;
     uint32_t crc = UINT32_MAX, *t = crc_table;
