@@ -219,6 +219,12 @@ clients_are() { (($(clients) == $1)); } # COUNT
 
 clients_at_least() { (($(clients) >= $1)); } # COUNT
 
+# Besides those of the clients there are the main thread, that of expiry and TSan's own.
+no_thread_is_ending() {
+    local threads=("/proc/$pid/task"/*)
+    ((${#threads[@]} == $(clients) + 2 + (${#sanitized} > 0)))
+}
+
 process_kb() { # VmRSS|VmHWM|VmSize: of the server, in KiB; VmHWM is the most VmRSS ever was
     local name kb
     while read -r name kb _; do
@@ -792,6 +798,8 @@ start_traced_kv() { # SYSCALL
 }
 
 end_trace() {
+    # A signal in a thread that strace stops at its end would be lost: TSan keeps it for later.
+    if [[ $sanitized = tsan ]]; then wait_until no_thread_is_ending; fi
     stop_kv
     ((status == 0))
     wait_until grep -q "exited with 0" "$tmp/trace"
