@@ -123,8 +123,8 @@ struct text {
     char text[4 * MAX_SHOWN + 8];
 };
 
-static char password[1024];            /* empty: none is needed */
-static int max_fds;                    /* a client's descriptor is below this */
+static char password[1024]; /* empty: none is needed */
+static int max_fds, spare; /* a client's descriptor is below; one to give up, see there */
 static atomic_long connected, looking; /* clients; of many, those who look */
 static int aof_fd = -1;      /* append-only file; -1: none, -2: it is being replayed */
 static atomic_bool disk_bad; /* it could not be written: writes are refused */
@@ -1132,15 +1132,13 @@ static void fill(struct conn *c) {
         fail(c, "ERR the last line has no newline: it may be cut short and is not run");
 }
 
-/* Closes fd so that the client sees the last replies: it is told first, then what it
-   still sends is read, for 2 x ms at most: closing with unread input makes TCP forget
-   what is under way. */
+/* Closes fd so that the client, if it is there, sees the last replies: it is told, then
+   what it still sends is read for 2 x ms at most: unread input makes TCP forget them. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
     int64_t end = ticks() + ms * SECOND / 1000;
-    bool go = shutdown(fd, SHUT_WR) == 0; /* else the client is gone */
-    while (go && poll(&input, 1, ms) > 0)
+    for (bool go = shutdown(fd, SHUT_WR) == 0; go && poll(&input, 1, ms) > 0;)
         go = recv(fd, unread, sizeof unread, 0) > 0 && ticks() < end;
     close(fd);
 }
@@ -1383,13 +1381,15 @@ static int aof_close(void) {
 static pthread_attr_t detached; /* of the connections' threads: nobody waits for them */
 
 /* Accepts a client and starts its thread, or turns it away in RESP's form and logs why,
-   once a second. Returns false when no client is waiting, or none can be accepted now. */
+   once a second; the spare descriptor makes room for that where the system has no other.
+   Returns false when no client is waiting, or after 1 ms if none can be accepted now. */
 static bool accept_client(int listener) {
     static time_t logged;
     const struct timeval timeout = {.tv_sec = opt.timeout};
     pthread_t id;
     int on = 1, fd = accept(listener, NULL, NULL), error = fd < 0 ? errno : 0;
     if (error == EAGAIN || error == EINTR || error == ECONNABORTED) return false;
+    if (fd < 0 && close(spare) == 0) fd = accept(listener, NULL, NULL); /* to refuse it */
     /* Without these options a connection works, only less well. */
     (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
@@ -1402,9 +1402,9 @@ static bool accept_client(int listener) {
     if (time(NULL) != logged)
         say(WARN, "client refused: %s", error < 0 ? "too many clients" : strerror(error));
     logged = time(NULL);
-    if (fd < 0) poll(NULL, 0, 1); /* the client waits, the listener stays readable */
-    else if (dprintf(fd, "-ERR max number of clients reached\r\n") > 0) hang_up(fd, 0);
-    else close(fd);
+    if (dprintf(fd, "-ERR max number of clients reached\r\n") < 0) poll(NULL, 0, 1);
+    hang_up(fd, 0);
+    if (fcntl(spare, F_GETFD) < 0) spare = open("/dev/urandom", O_RDONLY);
     return fd >= 0;
 }
 
@@ -1454,7 +1454,7 @@ static void prepare(void) {
     while ((fd = open("/dev/urandom", O_RDONLY)) >= 0 && fd < 3) continue;
     if (fd < 0 || read(fd, seed, sizeof seed) != sizeof seed)
         exit(say(ERROR, "cannot read /dev/urandom: %s", strerror(errno)));
-    close(fd);
+    spare = fd;
     for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
 }
 
