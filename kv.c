@@ -70,8 +70,8 @@
    OPEN_BYTES are as much as a request may have before AUTH. */
 enum { MAX_WORDS = 1024, MAX_SHOWN = 64, OPEN_WORDS = 10, OPEN_BYTES = 16384 };
 /* With up to FEW_CLIENTS each thread looks LOOKS times for input before it sleeps, beyond
-   that LOOKERS at a time. Buffers begin with SMALL_BUF bytes; replies are sent when
-   IO_CHUNK bytes have gathered; a STACK costs only the pages that were touched. */
+   that LOOKERS at a time; as often it lets others join its fsync. Buffers begin with
+   SMALL_BUF bytes; IO_CHUNK of replies are sent; a STACK costs the pages it touches. */
 enum { FEW_CLIENTS = 256, LOOKERS = 4, LOOKS = 10, SMALL_BUF = 512 };
 enum { IO_CHUNK = 65536, STACK = 65536 };
 
@@ -124,7 +124,7 @@ struct text {
 };
 
 static char password[1024]; /* empty: none is needed */
-static int max_fds, spare; /* a client's descriptor is below; one to give up, see there */
+static int max_fds, spare;  /* a client's descriptor is below it; see accept_client */
 static atomic_long connected, looking; /* clients; of many, those who look */
 static int aof_fd = -1;      /* append-only file; -1: none, -2: it is being replayed */
 static atomic_bool disk_bad; /* it could not be written: writes are refused */
@@ -350,8 +350,7 @@ static const char *add_word(struct conn *c, struct slice word) {
 /* Splits a line, which ends at end, into argv. Words are decoded in place: an escape is
    longer than what it stands for. Returns NULL, or what is wrong with the line. */
 static const char *split_line(struct conn *c, char *from, char *end) {
-    const char *wrong = NULL;
-    while (!wrong) {
+    for (;;) {
         while (from < end && is_blank(*from)) from++;
         if (from == end || (c->argc == 0 && *from == '#')) return NULL;
         int mark = *from == '"' || *from == '\'' ? *from++ : 0;
@@ -363,9 +362,9 @@ static const char *split_line(struct conn *c, char *from, char *end) {
         }
         if (mark && (from == end || (++from < end && !is_blank(*from))))
             return "unbalanced quotes: a word that begins with a quote ends with one";
-        wrong = add_word(c, (struct slice){start, (size_t)(to - start)});
+        const char *wrong = add_word(c, (struct slice){start, (size_t)(to - start)});
+        if (wrong) return wrong;
     }
-    return wrong;
 }
 
 /* RESP is what client libraries speak: an array of strings, *2 $3 GET $1 a, each number
@@ -571,8 +570,8 @@ struct table {
     struct deadline *heap;
 };
 
-/* Whoever works on a shard holds its lock; only cmd_keys, cmd_flush and expiry_main
-   take it themselves. No two shards share a cache line. */
+/* Whoever works on a shard holds its lock: run_on_key takes it for a command; cmd_keys,
+   cmd_flush and expiry_main for themselves. No two shards share a cache line. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     uint64_t appended; /* where its last record ends in the append-only log */
@@ -615,8 +614,8 @@ static void table_remove(struct table *t, struct entry **link) {
     t->count--;
 }
 
-/* Returns a link, where *link is the live entry of key, or NULL if it has none. Returns
-   NULL only when memory is out. What is past its deadline is removed, and key with it. */
+/* Returns a link: *link is the live entry of key, or the NULL at the end of a chain.
+   Returns NULL only when memory is out. What is past its deadline is removed. */
 static struct entry **table_find(struct table *t, uint32_t hash, struct slice key) {
     if (!t->size) table_grow(t);
     if (!t->size) return NULL;
@@ -842,7 +841,7 @@ static bool cmd_ttl(struct conn *c) {
     struct entry *e = *c->link;
     if (!e || !e->slot) return reply_int(c, e ? -1 : -2);
     int64_t left = c->shard->table.heap[e->slot].when - now_ms(), unit = c->cmd->number;
-    return reply_int(c, left < 0 ? 0 : (left + unit / 2) / unit);
+    return reply_int(c, left < 0 ? 0 : left / unit + (left % unit * 2 >= unit));
 }
 
 /* Takes the item of a pattern at p: ? [a-z] [^a] \x or a byte that stands for itself.
@@ -950,13 +949,15 @@ static bool cmd_flush(struct conn *c) {
 static void read_password(void) {
     struct stat st;
     FILE *f = fopen(opt.password_file, "r");
+    size_t n = f ? fread(password, 1, sizeof password - 1, f) : 0;
+    size_t end = strcspn(password, "\r\n");
     const char *wrong = NULL;
     if (!f || fstat(fileno(f), &st) < 0) wrong = strerror(errno);
     else if (st.st_mode & 077) wrong = "others may read it: chmod 600 helps";
-    else if (!fgets(password, sizeof password, f) || !strcspn(password, "\n"))
-        wrong = "is empty";
+    else if (!end || end == sizeof password - 1 || (!password[end] && end < n))
+        wrong = "its first line is empty, too long, or no text";
     if (wrong) exit(say(USAGE, "--password-file %s: %s", opt.password_file, wrong));
-    password[strcspn(password, "\n")] = 0;
+    password[end] = 0;
     fclose(f);
 }
 
@@ -1082,8 +1083,8 @@ static bool run_request(struct conn *c) {
 static bool aof_commit(uint64_t upto);
 
 /* Sends all replies, once what they reveal is safe in the append-only file; if it cannot
-   be and one of the requests writes, all replies become MISCONF, in the form of the last.
-   Waits for the client, up to --timeout. Sets closing on failure. */
+   be, they go out if none of the requests writes, else all become MISCONF, in the form of
+   the last. Waits for the client, up to --timeout. Sets closing on failure. */
 static void flush(struct conn *c) {
     if (!aof_commit(c->seen) && c->wrote)
         for (c->out.len = 0; c->asked > 0; c->asked--)
@@ -1143,12 +1144,12 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* Runs the request; -vv logs it, with its client and the time it took. */
+/* Runs the request; -vv logs it, its client and its time, not what may be a password. */
 static void run_logged(struct conn *c, const char *who) {
     int64_t start = logs(COMMAND) ? ticks() : 0;
     char line[512] = "";
     run_request(c);
-    size_t shown = c->cmd && c->cmd->run == cmd_auth ? 1 : c->argc; /* not a password */
+    size_t shown = !c->authed || !c->cmd || c->cmd->run == cmd_auth ? 1 : c->argc;
     for (size_t i = 0; start && i < shown && strlen(line) < sizeof line / 3; i++)
         strcat(strcat(line, " "), show(c->argv[i]).text);
     if (start) say(COMMAND, "%s%s (%ld us)", who, line, (long)(ticks() - start) / 1000);
@@ -1207,9 +1208,9 @@ static uint32_t crc32c(const char *bytes, size_t n) {
     return ~crc;
 }
 
-/* Appends a record, an array of n words as in RESP. n 0: only tells the end. Called with
-   the lock of the key's shard held, so that the log has the order of what happened.
-   Returns the log's end, 0 without --aof. */
+/* Appends a record, an array of n words as in RESP; then the lock of the key's shard, or
+   of all, is held, so that the log has the order of what happened. n 0: only tells the
+   end. Returns the log's end, 0 without --aof. */
 static uint64_t aof_append(size_t n, const struct slice *words) {
     if (aof_fd < 0) return 0;
     pthread_mutex_lock(&aof.lock);
@@ -1325,6 +1326,7 @@ static size_t replay(char *map, size_t size, bool *sealed) {
     }
     if (!wrong && start > 0 && p > map + start) wrong = "half a batch";
     if (start == 0 && !*sealed) start = (size_t)(p - map);
+    must(!wrong || errno != ENOMEM, "run");
     struct slice why = {c.out.p, c.out.len};
     if (wrong)
         exit(say(ERROR, "%s: %s at byte %zu %s; to cut: truncate -s %zu %s", opt.aof,
@@ -1434,11 +1436,13 @@ static int listen_on(void) {
     return fd;
 }
 
-/* Any thread may be the one that a signal interrupts. */
-static void on_signal(int number) { stopping += number != 0; }
+/* Runs in any thread. The second signal ends it all with status 1: none is number 0. */
+static void on_signal(int number) {
+    if (atomic_fetch_add(&stopping, 1) > 0) _exit(number != 0);
+}
 
-/* What must be there before the first thread: descriptors for --max-clients, or as many
-   as we may have, and some to spare; how threads are made; the seed. */
+/* What must be there before the first thread, the seed too: descriptors for --max-clients
+   or as many as we may have. 0 to 2 are taken first, lest a client gets the log. */
 static void prepare(void) {
     struct rlimit r = {0, 0};
     getrlimit(RLIMIT_NOFILE, &r);
@@ -1450,11 +1454,9 @@ static void prepare(void) {
     if (pthread_attr_init(&detached) || pthread_attr_setstacksize(&detached, STACK) ||
         pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED))
         exit(say(ERROR, "cannot set up threads"));
-    int fd;
-    while ((fd = open("/dev/urandom", O_RDONLY)) >= 0 && fd < 3) continue;
-    if (fd < 0 || read(fd, seed, sizeof seed) != sizeof seed)
+    while ((spare = open("/dev/urandom", O_RDONLY)) >= 0 && spare < 3) continue;
+    if (spare < 0 || read(spare, seed, sizeof seed) != sizeof seed)
         exit(say(ERROR, "cannot read /dev/urandom: %s", strerror(errno)));
-    spare = fd;
     for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
 }
 
@@ -1475,8 +1477,8 @@ int main(int argc, char **argv) {
     say(INFO, "listening on %s", address_of(listener.fd, getsockname).text);
     while (!atomic_load(&stopping)) /* a signal may come just before poll: hence TICK */
         if (poll(&listener, 1, TICK) > 0) accept_client(listener.fd);
-    /* Who connected before the signal is served too. */
-    for (int i = 0; i < 256 && accept_client(listener.fd); i++) continue;
+    /* Who connected before the signal is served too, though one or another may fail. */
+    for (int i = 0; i < SOMAXCONN; i += accept_client(listener.fd) ? 1 : 64) continue;
     close(listener.fd);
     say(INFO, "stopping with %ld clients", atomic_load(&connected));
     /* After SHUT_RD a thread still reads what has arrived (on Linux), answers it and then
@@ -1486,8 +1488,6 @@ int main(int argc, char **argv) {
         for (int fd = 3; ms % STOP_GRACE == 0 && fd < max_fds; fd++)
             shutdown(fd, ms == 0 ? SHUT_RD : SHUT_RDWR);
         nanosleep(&(struct timespec){0, 20000000}, NULL);
-        if (atomic_load(&stopping) > 1 + (ms >= STOP_GRACE))
-            exit(say(ERROR, "second signal: stopped at once"));
     }
     pthread_join(expiry, NULL);
     int failed = aof_close();

@@ -250,7 +250,7 @@ log_lines='[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z (ERR
 # stderr that matches, and nothing on stdout.
 refuses() { # STATUS REGEX ARGUMENT...
     local code=0
-    timeout 20 "$KV" "${@:3}" >"$tmp/stdout" 2>"$tmp/stderr" </dev/null || code=$?
+    timeout 20 "${KV:-setpriv}" "${@:3}" >"$tmp/stdout" 2>"$tmp/stderr" </dev/null || code=$?
     if [[ $code != "$1" || -s $tmp/stdout || $(wc -l <"$tmp/stderr") != 1 ]] ||
         ! grep -Eq -- "$2" "$tmp/stderr"; then
         echo "kv ${*:3}: status $code, expected $1 and: $2" && cat "$tmp/stderr"
@@ -1626,6 +1626,34 @@ all_say() { # WORD: whether each holder has said that
     ((status == 0))
 }
 
+@test "clients that wait to be accepted when SIGTERM comes are answered, though there are hundreds" {
+    start_kv
+    kill -STOP "$pid"
+    (quickly stop_with_queue 400) | sort -n | cmp - <(seq 400)
+    stop_kv none
+    ((status == 0))
+}
+
+@test "when accept fails after SIGTERM those who wait behind are answered all the same" {
+    trace_kv -e trace=accept,accept4 -e inject=accept,accept4:error=ENFILE:when=3..4
+    start_kv
+    kill -STOP "$pid"
+    (quickly stop_with_queue 20) | sort -n | cmp - <(seq 20)
+    stop_kv none
+    ((status == 0))
+}
+
+stop_with_queue() { # COUNT: so many connect and ask, then the server, which was stopped, gets SIGTERM
+    local i fd queue=()
+    for ((i = 0; i < $1; i++)); do
+        exec {fd}<>"/dev/tcp/127.0.0.1/$port" && queue+=("$fd")
+        echo 'INCR n' >&"$fd"
+    done
+    kill -TERM "$pid"
+    kill -CONT "$pid"
+    for fd in "${queue[@]}"; do rest "$fd" || true; done
+}
+
 @test "SIGTERM ends the server within 5 s though clients send on and on; what they got is in order" {
     start_kv
     for i in {1..4}; do
@@ -1676,9 +1704,27 @@ all_say() { # WORD: whether each holder has said that
         wait_until grep -q stopping "$log"
         stop_kv "$signal"
         ((status == 1 && took < (${#sanitized} ? 3000 : 1000)))
-        grep -E "${log_lines}.*second signal" "$log"
+        not grep -E "${log_lines}.*stopped" "$log"
     done
 }
+
+@test "a second signal ends the server at once also while main waits for somebody to read the log" {
+    mkfifo "$tmp/fifo"
+    exec {fifo}<>"$tmp/fifo"
+    "${leash[@]}" "$KV" -p 0 "${for_all[@]}" </dev/null 2>"$tmp/fifo" 3>&- 4>&- &
+    pid=$!
+    read -r -t 20 -u "$fifo" line
+    port=${line##*:}
+    ask PING | is PONG
+    dd if=/dev/zero of="$tmp/fifo" bs=1 oflag=nonblock 2>/dev/null || true # until it is full
+    kill "$pid"
+    wait_until nobody_listens
+    ended && return 1
+    stop_kv
+    ((status == 1 && took < (${#sanitized} ? 3000 : 1000)))
+}
+
+nobody_listens() { ! (exec 5<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; }
 
 # ==========================================================================================
 # Help and errors
@@ -2115,16 +2161,16 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
         is_like " *15 $noauth" ' *1 OK' ' *1 \(nil\)'
 }
 
-@test "--password-file is refused when others may read it, when it is empty and when it is not there" {
+@test "--password-file is refused when others may read it, when it holds no password and when it is not there" {
     (umask 077 && echo sesame >"$tmp/password")
     for mode in 640 604 644 444 666; do
         chmod "$mode" "$tmp/password"
         no_password "$tmp/password.*(read|mode|chmod|permission)" "$tmp/password"
         not grep sesame "$tmp/stderr"
     done
-    for text in '' '\n' '\nsesame\n' '\0sesame\n'; do
+    for text in '' '\n' '\r\n' '\nsesame\n' '\0sesame\n' 's\0esame\n' 's\0esame' "$(x 1023)" "$(x 1500)\n"; do
         (umask 077 && printf '%b' "$text" >"$tmp/empty")
-        no_password "$tmp/empty.*empty" "$tmp/empty"
+        no_password "$tmp/empty: its first line is empty, too long, or no text" "$tmp/empty"
     done
     no_password "$tmp/nosuch: No such file" "$tmp/nosuch"
     (umask 077 && mkdir "$tmp/directory")
@@ -2132,7 +2178,7 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
 }
 
 no_password() { # REGEX FILE: whether kv refuses to start with it
-    refuses 2 "$1" -p 0 --password-file "$2" || refuses 1 "$1" -p 0 -P "$2"
+    refuses 2 "$1" -p 0 --password-file "$2" && refuses 2 "$1" -p 0 -P "$2"
 }
 
 @test "the password is the first line of its file, whatever its bytes, and without a newline too" {
@@ -2145,21 +2191,29 @@ no_password() { # REGEX FILE: whether kv refuses to start with it
         stop_kv
         rm -f "$tmp/password"
     done
-    (umask 077 && printf 'sesame' >"$tmp/password")
+    for text in 'sesame' 'sesame\r\nsecond\r\n' 'sesame\n\0'; do
+        (umask 077 && printf '%b' "$text" >"$tmp/password")
+        start_kv -P "$tmp/password"
+        ask 'AUTH sesam' 'AUTH sesame' DBSIZE | is_like "$wrongpass" OK 0
+        stop_kv
+    done
+    (umask 077 && x 1022 >"$tmp/password")
     start_kv -P "$tmp/password"
-    ask 'AUTH sesam' 'AUTH sesame' DBSIZE | is_like "$wrongpass" OK 0
+    ask "AUTH $(x 1021)" "AUTH $(x 1022)" DBSIZE | is_like "$wrongpass" OK 0
 }
 
 @test "the password is in no log and in no reply, right or mistyped, however it was sent" {
     start_locked_kv sesame -vv
     for words in 'AUTH sesame' 'auth default sesame' '"AUTH" "sesame"' 'AUTH "\x73esame"' 'AUTH sesamee' \
-        'AUTH other sesame' 'AUTH a b sesame' 'AUTH sesame 2 3 4 5 6 7 8 9 10 11' 'AUTH sesame "'; do
+        'AUTH other sesame' 'AUTH a b sesame' 'AUTH sesame 2 3 4 5 6 7 8 9 10 11' 'AUTH sesame "' \
+        'HELLO 3 AUTH default sesame' 'AUHT sesame'; do
         echo "$words"
     done >"$tmp/in"
     {
         talk <"$tmp/in"
         resp AUTH sesame | talk
-        ask 'AUTH sesame' KEYS 'HELP AUTH'
+        resp HELLO 2 AUTH default sesame | talk
+        ask 'AUTH sesame' KEYS 'HELLO 3 AUTH default sesame' 'HELP AUTH'
     } >"$tmp/out"
     not grep -i sesame "$tmp/out"
     wait_until grep -q 'HELP AUTH' "$log"
@@ -2628,6 +2682,20 @@ refuses_file() { # REGEX FILE
     cmp "$2" "$tmp/copy"
 }
 
+@test "a start for which memory is too small says so, and does not call the file damaged" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
+    start_aof
+    for i in {1..40}; do printf 'SET k%d ' "$i" && x 1000000 && echo; done | talk | uniq -c | is_like ' *40 OK'
+    stop_kv
+    code=0
+    prlimit --as=75000000 "$KV" -p 0 --aof "$tmp/aof" 2>"$tmp/stderr" || code=$?
+    ((code == 1)) && grep 'Cannot allocate memory' "$tmp/stderr"
+    not grep truncate "$tmp/stderr"
+    start_aof
+    ask DBSIZE | is 40
+}
+
 @test "a file that is something else is refused and untouched" {
     cp "$BATS_TEST_DIRNAME/README.md" "$tmp/readme"
     refuses_file 'byte 0\b' "$tmp/readme"
@@ -2667,10 +2735,13 @@ refuses_file() { # REGEX FILE
     refuses 1 "$tmp/none/aof.*No such file" -p 0 --aof "$tmp/none/aof"
     refuses 1 "$tmp/file/aof.*Not a directory" -p 0 --aof "$tmp/file/aof"
     refuses 1 'No such file' -p 0 --aof ''
-    ((UID == 0)) || {
-        chmod 400 "$tmp/file"
-        refuses 1 "$tmp/file.*Permission denied" -p 0 --aof "$tmp/file"
-    }
+    chmod 400 "$tmp/file"
+    if ((EUID == 0)); then # root may write all the same
+        exec {binary}<"$KV"
+        chmod 755 "$tmp"
+        KV='' refuses 1 "$tmp/file.*Permission denied" --reuid 54321 --regid 54321 --clear-groups \
+            "/proc/self/fd/$binary" -p 0 --aof "$tmp/file"
+    else refuses 1 "$tmp/file.*Permission denied" -p 0 --aof "$tmp/file"; fi
 }
 
 @test "a file is made with mode 0600, whatever the umask, and keeps the mode that it has" {
@@ -3026,13 +3097,15 @@ synced_first='
         "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>"$tmp/second" 3>&- 4>&- &
     second=$!
     helpers+=("$second")
-    wait_until test "/proc/$second/fd/3" -ef "$tmp/aof"
+    wait_until second_has_file
     ask 'SET b 2' | is OK
     stop_kv
     wait_until grep -q listening "$tmp/second"
     port=$(sed -n 's/.*listening.*:\([0-9]*\)$/\1/p' "$tmp/second")
     ask 'GET a' 'GET b' | is 1 2
 }
+
+second_has_file() { find "/proc/$second/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; }
 
 @test "thousands of requests with short replies and large records stay within bounded memory" {
     start_aof
@@ -3422,9 +3495,9 @@ interrupt() {
 }
 
 # strace fails the first accept, as when the system has no descriptor left, then lets one through.
-@test "when accept fails (ENFILE, ENOMEM) that client is refused, and later ones are served" {
+@test "when accept fails (ENFILE, EMFILE, ENOMEM) that client is refused, and later ones are served" {
     plain=("${leash[@]}")
-    for error in ENFILE ENOMEM; do
+    for error in ENFILE EMFILE ENOMEM; do
         trace_kv -e trace=accept,accept4 -e "inject=accept,accept4:error=$error:when=1..4+2"
         start_kv
         open=$(descriptors)
@@ -3625,8 +3698,8 @@ function any_value(   n, s) {
     for (n = rnd(100) + 1; n > 0; n--) s = s "twenty bytes of text"
     return s
 }
-function step(   n, k, j, v, ttl) {
-    n = rnd(34); k = "p" player ":" rnd(50); j = "p" player ":" rnd(50); v = any_value()
+function step(   n, i, k, j, v, ttl) {
+    n = rnd(36); k = "p" player ":" rnd(50); j = "p" player ":" rnd(50); v = any_value()
     ttl = k in dies
     if (n < 6) ask(k in have ? value(have[k]) : nil(), "GET", k)
     else if (n < 9) { ask(status("OK"), "SET", k, v); drop(k); have[k] = v }
@@ -3637,25 +3710,33 @@ function step(   n, k, j, v, ttl) {
         ask(k in have ? status("OK") : nil(), "SET", k, v, "XX")
         if (k in have) { drop(k); have[k] = v }
     } else if (n < 12) { ask(status("OK"), "SET", k, v, "KEEPTTL"); have[k] = v }
-    else if (n < 14) { ask(status("OK"), "SET", k, v, rnd(2) ? "EX" : "PX", 1000000); have[k] = v; dies[k] }
-    else if (n < 15) { ask(status("OK"), "SET", k, v, "EXAT", 5); drop(k) }
+    else if (n < 13) { ask(status("OK"), "SET", k, v, rnd(2) ? "EX" : "PX", 1000000); have[k] = v; dies[k] }
+    else if (n < 14) { ask(status("OK"), "SET", k, v, "PXAT", later "000"); have[k] = v; dies[k] }
+    else if (n < 15) { ask(status("OK"), "SET", k, v, rnd(2) ? "EXAT" : "PXAT", 5); drop(k) }
     else if (n < 17) { ask(number((k in have) + (j in have && j != k)), "DEL", k, j); drop(k); drop(j) }
     else if (n < 19) ask(number((k in have) + (j in have) + (k in have)), "EXISTS", k, j, k)
     else if (n < 20) ask(count(k, 1), "INCR", k)
     else if (n < 21) ask(count(k, -1), "DECR", k)
     else if (n < 22) ask(count(k, n = rnd(100) - 50), "INCRBY", k, n)
     else if (n < 23) ask(count(k, -(n = rnd(100))), "DECRBY", k, n)
-    else if (n < 24) { ask(number(k in have), "EXPIRE", k, 100000); if (k in have) dies[k] }
-    else if (n < 25) { ask(number(k in have), "PEXPIREAT", k, rnd(2) ? 1 : -1); drop(k) }
+    else if (n < 24) {
+        i = rnd(3)
+        ask(number(k in have), i == 0 ? "EXPIRE" : i == 1 ? "PEXPIRE" : "EXPIREAT", k, i == 2 ? later : 1000000)
+        if (k in have) dies[k]
+    } else if (n < 25) { ask(number(k in have), rnd(2) ? "PEXPIREAT" : "EXPIREAT", k, rnd(2) ? 1 : -1); drop(k) }
     else if (n < 26) { ask(number(ttl), "PERSIST", k); delete dies[k] }
-    else if (n < 28) ask(ttl ? "~900-1000000" : number(k in have ? -1 : -2), "TTL", k)
+    else if (n < 27) ask(ttl ? "~900-1000000" : number(k in have ? -1 : -2), "TTL", k)
+    else if (n < 28) ask(ttl ? "~900000-1000000000" : number(k in have ? -1 : -2), "PTTL", k)
     else if (n < 29) ask(status("OK"), "SET", "p" player ":gone:" rnd(9), v, "PX", 1 + rnd(200))
     else if (n < 30) ask("~0-1000000", "DBSIZE")
     else if (n < 31) ask(value(v), rnd(2) ? "PING" : "ECHO", v)
     else if (n < 32) ask(error("ERR syntax error") "~", "SET", k, v, "nonsense")
     else if (n < 33 && resp) ask(k in have ? "*1\r\n$" length(k) "\r\n" k "\r" : "*0\r", "KEYS", k)
     else if (n < 33) ask(k in have ? k "\n(1 key)" : "(0 keys)", "KEYS", k)
-    else ask(error("ERR value is not an integer or out of range"), "EXPIRE", k, "soon")
+    else if (n < 34) ask(error("ERR value is not an integer or out of range"), "EXPIRE", k, "soon")
+    else if (n < 35) ask(status("OK"), "SELECT", 0)
+    else if (rnd(2)) ask(error("ERR unknown command") "~", "HELP", "nothing")
+    else ask(error("ERR AUTH <password> called without") "~", "AUTH", v)
 }
 BEGIN {
     srand(seed)
@@ -3724,7 +3805,7 @@ soak_round() { # SEED COUNT TURNS STEPS
         first=$((i * $2 / 4 + 1)) last=$(((i + 1) * $2 / 4))
         rm -rf "$tmp/play.$i" && mkdir "$tmp/play.$i"
         awk -v seed="$1$i" -v dir="$tmp/play.$i" -v first="$first" -v last="$last" -v turns="$3" \
-            -v steps="$4" "$model" && play "$tmp/play.$i" "$first" "$last" "$3" &
+            -v steps="$4" -v later=$(($(date +%s) + 900000)) "$model" && play "$tmp/play.$i" "$first" "$last" "$3" &
         pids+=("$!")
     done
     for i in "${pids[@]}"; do wait "$i" || return 1; done
@@ -3752,7 +3833,7 @@ threads_and_fds() {
     seconds=${SOAK_SECONDS:-5} count=200 steps=150 slack=25
     if ((seconds >= 600)); then slack=2; fi
     if [[ $sanitized ]]; then count=40; fi
-    start_kv
+    start_aof
     ask PING | is PONG
     wait_until clients_are 0
     empty=$(threads_and_fds)
@@ -3762,10 +3843,13 @@ threads_and_fds() {
         has_their_values
         if ((round > 1 && SECONDS >= start + seconds)); then break; fi
         full=$(process_kb VmRSS)
-        ask FLUSHALL | is OK
+        ask "$( ((round % 2)) && echo FLUSHALL || echo FLUSHDB)" | is OK
         rss=$(process_kb VmRSS)
         if [[ ! $early ]] && ((SECONDS - start >= seconds / 2)); then early=$rss; fi
         echo "round $round: $(wc -l <"$tmp/have") keys, $full KiB, without them $rss KiB"
     done
     [[ $sanitized ]] || ((rss <= early + early * slack / 100)) || { echo "memory grows" && return 1; }
+    stop_kv
+    start_aof
+    has_what_players_have && has_their_values
 }
