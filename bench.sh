@@ -112,10 +112,11 @@ stop() { # NAME...
 run() { "$@" & wait "$!"; } # COMMAND...
 
 cleanup() { # however this script ends: nothing runs on, no file is left
-    local signal jobs
+    local signal jobs groups
     trap '' INT TERM HUP # another Ctrl-C does not stop this
     say ''
     {
+        groups=$(jobs -pr) # timeout makes one of itself and what it runs
         for signal in TERM KILL; do
             for _ in {1..50}; do
                 jobs=$(jobs -pr)
@@ -125,6 +126,7 @@ cleanup() { # however this script ends: nothing runs on, no file is left
                 sleep 0.1
             done
         done
+        for jobs in $groups; do kill -s KILL -- "-$jobs" || true; done
         wait
         rm -rf "$tmp"
     } 2>/dev/null
