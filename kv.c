@@ -1300,9 +1300,9 @@ static bool is_checksum(const char *p, const char *end) {
 }
 
 /* Runs the file, which stands at map, and returns how much of it is good; *sealed: its
-   end is a checksum. A crash cuts the last batch short: what follows the last line of
-   checksum form is left out. A record before it that cannot be run, or a batch that its
-   checksum does not fit, is damage: says so and exits. A file of Redis is one batch. */
+   end is a checksum. start is where a batch begins, last where the last line of checksum
+   form does: what follows that one was cut short by a crash, and is left out. What cannot
+   be run or does not fit its checksum is damage: exits. A file of Redis is one batch. */
 static size_t replay(char *map, size_t size, bool *sealed) {
     struct conn c = {.in = {map, size, size, 0}, .resp = 1, .authed = 1};
     const char *wrong = NULL, *p = map, *end = map + size;
