@@ -1147,11 +1147,11 @@ static void hang_up(int fd, int ms) {
 /* Runs the request; -vv logs it, its client and its time, not what may be a password. */
 static void run_logged(struct conn *c, const char *who) {
     int64_t start = logs(COMMAND) ? ticks() : 0;
-    char line[512] = "";
+    char line[512], *end = line;
     run_request(c);
     size_t shown = !c->authed || !c->cmd || c->cmd->run == cmd_auth ? 1 : c->argc;
-    for (size_t i = 0; start && i < shown && strlen(line) < sizeof line / 3; i++)
-        strcat(strcat(line, " "), show(c->argv[i]).text);
+    for (size_t i = 0; start && i < shown && end < line + sizeof line / 3; i++)
+        end = stpcpy(stpcpy(end, " "), show(c->argv[i]).text);
     if (start) say(COMMAND, "%s%s (%ld us)", who, line, (long)(ticks() - start) / 1000);
 }
 
@@ -1477,7 +1477,7 @@ int main(int argc, char **argv) {
     say(INFO, "listening on %s", address_of(listener.fd, getsockname).text);
     while (!atomic_load(&stopping)) /* a signal may come just before poll: hence TICK */
         if (poll(&listener, 1, TICK) > 0) accept_client(listener.fd);
-    /* Who connected before the signal is served too, though one or another may fail. */
+    /* Who connected before the signal is served too; a failure counts for 64 of them. */
     for (int i = 0; i < SOMAXCONN; i += accept_client(listener.fd) ? 1 : 64) continue;
     close(listener.fd);
     say(INFO, "stopping with %ld clients", atomic_load(&connected));

@@ -248,7 +248,7 @@ cpu_ticks() { # of the server, in 1/100 s
 log_lines='[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z (ERROR|WARN|INFO|DEBUG) '
 
 # Whether kv refuses to start with these arguments: with this exit status and one line on
-# stderr that matches, and nothing on stdout.
+# stderr that matches, and nothing on stdout. Without KV they are setpriv's, kv among them.
 refuses() { # STATUS REGEX ARGUMENT...
     local code=0
     timeout 20 "${KV:-setpriv}" "${@:3}" >"$tmp/stdout" 2>"$tmp/stderr" </dev/null || code=$?
