@@ -1,7 +1,7 @@
 # kv: make help lists the targets
 
 CC     ?= cc
-CFLAGS ?= -O2 -g
+CFLAGS ?= -O3 -g
 STRICT  = -std=c11 -D_POSIX_C_SOURCE=200809L -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
           -Wstrict-prototypes -Wvla -Werror
 PORT   ?= 8080

@@ -101,9 +101,9 @@ struct buf {
    request starts at pos; of a line, the scanned bytes from there hold no newline. argv:
    the argc words of the request, which point into in; bytes: the sum of their lengths.
    out: replies not yet sent, to asked requests; they reveal the log as far as seen, and
-   have changed about wrote bytes, 0: none.
-   While cmd works on a key: key; shard: the key's, locked; hash: its part for the table;
-   link: points at the key's entry, or is where the pointer to a new one goes. */
+   have changed about wrote bytes, 0: none. While cmd works on a key: key; shard: the
+   key's, locked; hash: its part for the table; link: points at the key's entry, or is
+   where the pointer to a new one goes. */
 struct conn {
     int fd, tries;
     bool resp, crlf, broken, authed;
@@ -1112,11 +1112,11 @@ static void fill(struct conn *c) {
     in->len -= c->pos;
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
     c->pos = 0;
-    for (; buf_reserve(in, 2UL * SMALL_BUF); looks--) {
-        int flags = looks > 0 ? MSG_DONTWAIT : 0;
-        n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
-        if (n >= 0 || (errno != EINTR && (errno != EAGAIN || !flags))) break;
-        if (looks > 1 && sched_yield() == 0) continue;
+    for (char *to; (to = buf_reserve(in, 2UL * SMALL_BUF)); looks--) {
+        if (looks > 1) sched_yield(); /* maybe the client is next, and asks */
+        n = recv(c->fd, to, in->cap - in->len, looks > 0 ? MSG_DONTWAIT : 0);
+        if (n >= 0 || (errno != EINTR && (errno != EAGAIN || looks < 1))) break;
+        if (looks > 1) continue;
         if (many && looks == 1) atomic_fetch_sub(&looking, 1); /* it goes to sleep */
         buf_slim(in);
         buf_slim(&c->words);

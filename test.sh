@@ -104,16 +104,19 @@ gone() { ! kill -0 "$@" 2>/dev/null; } # PID...: whether none of them runs
 
 # --- waiting ------------------------------------------------------------------------------
 
-# Tries a command every 20 ms until it succeeds, for $patience seconds at most, or 20.
+# Tries a command until it succeeds, after 2, 4, 8, then every 16 ms, for $patience seconds at
+# most, or 20.
 wait_until() { # COMMAND...
-    local end=$((SECONDS + ${patience:-20}))
+    local end=$((SECONDS + ${patience:-20})) ms=1 pause
     until "$@" >"$tmp/waiting"; do
         if ((SECONDS >= end)) || [[ ${BATS_INTERRUPTED:-} ]]; then # the latter by Ctrl-C
             echo "waited in vain until: $*"
             cat "$tmp/waiting"
             return 1
         fi
-        sleep 0.02
+        ms=$((ms < 16 ? ms * 2 : ms))
+        printf -v pause 0.%03d "$ms"
+        sleep "$pause"
     done
 }
 
@@ -3321,11 +3324,11 @@ all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/
 }
 
 @test "a start of more than a second shows its progress" {
-    yes $'*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nvalue\r' | head -n $((${#sanitized} ? 1400000 : 7000000)) >"$tmp/aof"
+    yes $'*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nvalue\r' | head -n $((${#sanitized} ? 1400000 : 14000000)) >"$tmp/aof"
     : >"$log"
     "${leash[@]}" "$KV" -p 0 --aof "$tmp/aof" </dev/null 2>>"$log" 3>&- 4>&- &
     pid=$!
-    sleep 0.1 # it reads its file
+    wait_until grep -q "$tmp/aof" "/proc/$pid/maps" # it reads its file
     kill -STOP "$pid"
     sleep 1
     kill -CONT "$pid"
@@ -3839,7 +3842,7 @@ mean() { # NUMBER...
 # SOAK_SECONDS=600 ./test.sh -f soak is the long form: then memory must be flat to within 2 %, that of
 # the last quarter of the rounds beside that of the quarter before.
 @test "soak: 200 connections come and go with all commands, and every reply is what the model says" {
-    seconds=${SOAK_SECONDS:-3} count=200 steps=150 slack=25
+    seconds=${SOAK_SECONDS:-2} count=200 steps=150 slack=25
     if ((seconds >= 600)); then slack=2; fi
     if [[ $sanitized ]]; then count=40; fi
     start_aof
