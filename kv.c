@@ -70,10 +70,10 @@
    OPEN_BYTES are as much as a request may have before AUTH. */
 enum { MAX_WORDS = 1024, MAX_SHOWN = 64, OPEN_WORDS = 10, OPEN_BYTES = 16384 };
 /* With up to FEW_CLIENTS each thread looks LOOKS times for input before it sleeps, beyond
-   that LOOKERS at a time; half as often it lets others join its fsync. Buffers begin with
+   that LOOKERS at a time; who commits lets others JOIN its fsync. Buffers begin with
    SMALL_BUF bytes; IO_CHUNK of replies are sent; a STACK costs the pages it touches. */
 enum { FEW_CLIENTS = 256, LOOKERS = 4, LOOKS = 20, SMALL_BUF = 512 };
-enum { IO_CHUNK = 65536, STACK = 65536 };
+enum { IO_CHUNK = 65536, STACK = 65536, JOIN = 10 };
 
 /* The expiry thread looks every TICK and removes up to BATCH entries per lock; KEYS looks
    at WALK_BUCKETS per lock. After SIGTERM clients have STOP_GRACE to take their replies,
@@ -1270,7 +1270,7 @@ static void write_batch(void) {
    comes writes for all who have come, the others wait for the next turn. Where that takes
    an fsync, who comes lets others come first. Returns false when writing fails. */
 static bool aof_commit(uint64_t upto) {
-    for (int i = LOOKS / 2; i && *opt.fsync == 'a' && atomic_load(&aof.safe) < upto; i--)
+    for (int i = 0; i < JOIN && *opt.fsync == 'a' && atomic_load(&aof.safe) < upto; i++)
         sched_yield();
     if (atomic_load(&aof.safe) >= upto) return true;
     pthread_mutex_lock(&aof.lock);

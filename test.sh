@@ -3853,14 +3853,14 @@ mean() { # NUMBER...
     for ((round = 1; ; round++)); do
         (quickly soak_round "$round$RANDOM" "$count" 2 "$steps")
         has_their_values
-        if ((round > 1 && SECONDS >= start + seconds)); then break; fi
+        if ((round > 2 && SECONDS >= start + seconds)); then break; fi
         full=$(process_kb VmRSS)
         ask "$( ((round % 2)) && echo FLUSHALL || echo FLUSHDB)" | is OK
         sizes+=("$(process_kb VmRSS)")
         echo "round $round: $(wc -l <"$tmp/have") keys, $full KiB, without them ${sizes[-1]} KiB"
     done
     n=${#sizes[@]} half=$((n / 2)) last=$((n * 3 / 4))
-    if ((n > 1)) && [[ ! $sanitized ]]; then
+    if [[ ! $sanitized ]]; then
         if ((half == last)); then half=$((last - 1)); fi
         early=$(mean "${sizes[@]:half:last-half}") late=$(mean "${sizes[@]:last}")
         echo "memory: $early KiB, then $late KiB"
