@@ -986,10 +986,10 @@ static bool cmd_select(struct conn *c) {
 
 /* The most used first, for a lookup goes from the top. A family stands together. */
 static const struct command commands[] = {
-    {"PING", "[message]", 1, 2, OPEN, cmd_ping, 0, "PONG, or the message"},
+    {"GET", "key", 2, 2, ONE_KEY, cmd_get, 0, "the value of a key; (nil) if it has none"},
     {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, WRITE1,
      cmd_set, 0, "store a value; replies OK, or (nil) if NX finds a key or XX none"},
-    {"GET", "key", 2, 2, ONE_KEY, cmd_get, 0, "the value of a key; (nil) if it has none"},
+    {"PING", "[message]", 1, 2, OPEN, cmd_ping, 0, "PONG, or the message"},
     {"INCR", "key", 2, 2, WRITE1, cmd_incr, 1, "count; replies the new number, from 0"},
     {"DECR", "key", 2, 2, WRITE1, cmd_incr, -1, NULL},
     {"DEL", "key...", 2, ANY, WRITES | EACH_KEY, cmd_del, 0, "remove; replies how many"},
