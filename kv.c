@@ -40,8 +40,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <pthread.h>
-#include <sched.h>
+#include <pthread.h> /* with it come sched.h and time.h */
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -54,7 +53,6 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 #ifdef __GLIBC__
 #include <malloc.h> /* malloc_trim: else glibc keeps what was freed in mid-heap */
@@ -97,24 +95,22 @@ struct buf {
 /* One connection, on the stack of its thread; no other thread sees it. resp: the form of
    request and reply, else text; crlf: lines of the reply end in CRLF. authed: no password
    is needed, or it was given; tries: wrong ones. closing: why to close as soon as the
-   replies are out, or NULL; broken: then without lingering. in: what was read; the next
-   request starts at pos; of a line, the scanned bytes from there hold no newline. argv:
-   the argc words of the request, which point into in; bytes: the sum of their lengths.
-   out: replies not yet sent, to asked requests; they reveal the log as far as seen, and
-   have changed about wrote bytes, 0: none. While cmd works on a key: key; shard: the
-   key's, locked; hash: its part for the table; link: points at the key's entry, or is
-   where the pointer to a new one goes. */
+   replies are out, or NULL. in: what was read; the next request starts at pos; of a line,
+   the scanned bytes from there hold no newline. argv: the argc words of the request,
+   which point into in; bytes: the sum of their lengths. out: replies not yet sent, to
+   asked requests; they reveal the log as far as seen, and have changed about wrote bytes,
+   0: none. While cmd works on a key: key; hash: the key's; shard: its shard, locked;
+   link: points at the key's entry, or is where the pointer to a new one goes. */
 struct conn {
     int fd, tries;
-    bool resp, crlf, broken, authed;
+    bool resp, crlf, authed;
     const char *closing;
     struct buf in, words, out;
     size_t pos, scanned, argc, bytes, asked, wrote;
-    uint64_t seen;
+    uint64_t seen, hash;
     const struct command *cmd;
     struct shard *shard;
     struct entry **link;
-    uint32_t hash;
     struct slice key, *argv;
 };
 
@@ -649,12 +645,11 @@ static void heap_put(struct table *t, size_t i, struct deadline d) {
 /* Puts d where it belongs in the heap, from the free place i on: parents that expire
    later move down, or else children that expire sooner move up. */
 static void heap_sift(struct table *t, size_t i, struct deadline d) {
-    struct deadline *heap = t->heap;
-    for (; i > 1 && heap[i / 2].when > d.when; i /= 2) heap_put(t, i, heap[i / 2]);
+    for (; i > 1 && t->heap[i / 2].when > d.when; i /= 2) heap_put(t, i, t->heap[i / 2]);
     for (size_t child; (child = 2 * i) <= t->heap_len; i = child) {
-        if (child < t->heap_len && heap[child + 1].when < heap[child].when) child++;
-        if (heap[child].when >= d.when) break;
-        heap_put(t, i, heap[child]);
+        if (child < t->heap_len && t->heap[child + 1].when < t->heap[child].when) child++;
+        if (t->heap[child].when >= d.when) break;
+        heap_put(t, i, t->heap[child]);
     }
     heap_put(t, i, d);
 }
@@ -762,7 +757,7 @@ static bool store(struct conn *c, struct slice value, int64_t when) {
         e = realloc(e, sizeof *e + c->key.len + value.len);
     if (!e) return fail(c, "OOM out of memory");
     if (fresh) {
-        *e = (struct entry){NULL, c->hash, (uint32_t)c->key.len, 0, 0};
+        *e = (struct entry){NULL, (uint32_t)c->hash, (uint32_t)c->key.len, 0, 0};
         memcpy(e->data, c->key.p, c->key.len);
         t->count++;
     }
@@ -971,10 +966,9 @@ static bool cmd_auth(struct conn *c) {
     if (!n && c->argc == 2)
         return fail(c, "ERR AUTH <password> called without any password configured for "
                        "the default user. Are you sure your configuration is correct?");
-    int differ =
-        user.len != 7 || memcmp(user.p, "default", 7) != 0 || (n && n != word.len);
-    for (size_t i = 0; n && i < word.len; i++) differ |= word.p[i] ^ password[i % n];
-    if (!differ) return c->authed = reply_status(c, "OK");
+    int bad = user.len != 7 || memcmp(user.p, "default", 7) != 0 || (n && n != word.len);
+    for (size_t i = 0; n && i < word.len; i++) bad |= word.p[i] ^ password[i % n];
+    if (!bad) return c->authed = reply_status(c, "OK");
     if (++c->tries == 10) c->closing = "ten wrong passwords";
     return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
 }
@@ -1047,12 +1041,11 @@ static bool cmd_help(struct conn *c) {
 
 /* Runs the command on one key, with the key's shard locked. Returns what run returned. */
 static bool run_on_key(struct conn *c, struct slice key) {
-    uint64_t hash = hash_bytes(key);
-    struct shard *s = c->shard = &shards[hash >> 32 & (uint64_t)(opt.shards - 1)];
+    c->hash = hash_bytes(key);
+    struct shard *s = c->shard = &shards[c->hash >> 32 & (uint64_t)(opt.shards - 1)];
     c->key = key;
-    c->hash = (uint32_t)hash;
     pthread_mutex_lock(&s->lock);
-    c->link = table_find(&s->table, c->hash, key);
+    c->link = table_find(&s->table, (uint32_t)c->hash, key);
     c->out.failed |= !c->link; /* then the connection ends */
     bool result = c->link && c->cmd->run(c);
     if (c->seen < s->appended) c->seen = s->appended; /* the reply waits for that */
@@ -1095,7 +1088,6 @@ static void flush(struct conn *c) {
         if (n >= 0) sent += (size_t)n;
         else if (errno != EINTR) why = errno == EAGAIN ? "timeout" : strerror(errno);
     }
-    c->broken |= why != NULL;
     if (why) c->closing = why;
     c->out.len = c->asked = c->seen = c->wrote = 0;
 }
@@ -1170,7 +1162,7 @@ static void *conn_main(void *arg) {
         flush(&c);
     }
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
-    hang_up(c.fd, c.broken ? 0 : LINGER);
+    hang_up(c.fd, LINGER);
     free(c.in.p);
     free(c.words.p);
     free(c.out.p);
@@ -1214,15 +1206,14 @@ static uint32_t crc32c(const char *bytes, size_t n) {
 static uint64_t aof_append(size_t n, const struct slice *words) {
     if (aof_fd < 0) return 0;
     pthread_mutex_lock(&aof.lock);
-    struct buf *b = &aof.gathered;
-    if (n > 0) buf_header(b, b->len, '*', n);
+    if (n > 0) buf_header(&aof.gathered, aof.gathered.len, '*', n);
     for (size_t i = 0; i < n; i++) {
-        buf_header(b, b->len, '$', words[i].len);
-        buf_add(b, words[i].p, words[i].len);
-        buf_add(b, "\r\n", 2);
+        buf_header(&aof.gathered, aof.gathered.len, '$', words[i].len);
+        buf_add(&aof.gathered, words[i].p, words[i].len);
+        buf_add(&aof.gathered, "\r\n", 2);
     }
     /* Memory has what the log will not: nobody has been answered, nobody will be. */
-    if (b->failed) exit(say(ERROR, "out of memory for the append-only file"));
+    if (aof.gathered.failed) exit(say(ERROR, "out of memory for the append-only file"));
     uint64_t end = aof.end += n > 0;
     pthread_mutex_unlock(&aof.lock);
     return end;
@@ -1370,15 +1361,6 @@ static void aof_open(void) {
     free(path);
 }
 
-/* Writes and syncs what is left. Returns the exit status. */
-static int aof_close(void) {
-    if (aof_fd < 0) return 0;
-    atomic_store(&disk_bad, false); /* one last try */
-    bool done = aof_commit(aof.end);
-    must(fsync(aof_fd) == 0, "fsync");
-    return done ? 0 : 1;
-}
-
 /* === 11 The server ================================================================= */
 static pthread_attr_t detached; /* of the connections' threads: nobody waits for them */
 
@@ -1490,7 +1472,9 @@ int main(int argc, char **argv) {
         nanosleep(&(struct timespec){0, 20000000}, NULL);
     }
     pthread_join(expiry, NULL);
-    int failed = aof_close();
+    atomic_store(&disk_bad, false); /* one last try */
+    int failed = !aof_commit(aof.end);
+    must(aof_fd < 0 || fsync(aof_fd) == 0, "fsync");
     if (atomic_load(&connected) > 0) return failed; /* a thread is busy: leave it all */
     for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
     free(aof.gathered.p);

@@ -71,6 +71,13 @@ DRIVER static ssize_t to_client(const char *p, size_t n) {
     return (ssize_t)n;
 }
 
+/* Writes what is left, as main does at the end. */
+DRIVER static void close_log(void) {
+    atomic_store(&disk_bad, false);
+    CLAIM(aof_commit(aof.end));
+    must(fsync(aof_fd) == 0, "fsync");
+}
+
 /* Runs the requests from an empty file on and leaves in file what kv writes. Returns
    false if kv ends. */
 DRIVER static bool write_file(void) {
@@ -84,7 +91,7 @@ DRIVER static bool write_file(void) {
     connected = 1;
     conn_main(NULL);
     chance = 0;
-    CLAIM(aof_close() == 0);
+    close_log();
     end_batch();
     free_tables();
     return true;
@@ -113,11 +120,23 @@ DRIVER static void load_good(uint64_t expected) {
     aof_fd = 1000;
 }
 
+/* Runs a request as if it had come in RESP. */
+DRIVER static void run_words(struct conn *c, size_t n, const struct slice *words) {
+    c->argc = c->bytes = c->words.len = c->in.len = c->pos = c->out.len = 0;
+    buf_header(&c->in, 0, '*', n);
+    for (size_t i = 0; i < n; i++) {
+        buf_header(&c->in, c->in.len, '$', words[i].len);
+        buf_add(&c->in, words[i].p, words[i].len);
+        buf_add(&c->in, "\r\n", 2);
+    }
+    CLAIM(take_array(c) && run_request(c));
+}
+
 /* What is loaded is loaded again, as the file is now, and as kv logs it itself. */
 DRIVER static void log_again(void) {
     uint64_t was = state(0);
     struct slice words[5];
-    struct conn c = {.argv = words, .authed = true};
+    struct conn c = {.resp = true, .authed = true};
     struct table old[2];
     char ms[24] = "";
     load_good(was);
@@ -126,9 +145,7 @@ DRIVER static void log_again(void) {
         old[i] = shards[i].table;
         shards[i].table = (struct table){0};
     }
-    words[0] = str("FLUSHALL");
-    c.argc = 1;
-    CLAIM(run_request(&c));
+    run_words(&c, 1, (struct slice[]){str("FLUSHALL")});
     for (struct table *t = old; t < old + 2; t++)
         for (size_t i = 0; i < t->size; i++)
             for (struct entry *e = t->buckets[i]; e; e = e->next) {
@@ -138,12 +155,12 @@ DRIVER static void log_again(void) {
                 words[3] = str("PXAT");
                 if (e->slot) sprintf(ms, "%" PRId64, t->heap[e->slot].when);
                 words[4] = str(ms);
-                c.argc = e->slot ? 5 : 3;
-                c.out.len = 0;
-                CLAIM(run_request(&c));
+                run_words(&c, e->slot ? 5 : 3, words);
             }
     CLAIM(state(0) == was);
-    CLAIM(aof_close() == 0);
+    close_log();
+    sys_free(c.in.p);
+    sys_free(c.words.p);
     sys_free(c.out.p);
     for (int i = 0; i < 2; i++) table_free(&old[i]);
     free_tables();
