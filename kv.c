@@ -95,19 +95,20 @@ struct buf {
 /* One connection, on the stack of its thread; no other thread sees it. resp: the form of
    request and reply, else text; crlf: lines of the reply end in CRLF. authed: no password
    is needed, or it was given; tries: wrong ones. closing: why to close as soon as the
-   replies are out, or NULL. in: what was read; the next request starts at pos; of a line,
-   the scanned bytes from there hold no newline. argv: the argc words of the request,
-   which point into in; bytes: the sum of their lengths. out: replies not yet sent, to
-   asked requests; they reveal the log as far as seen, and have changed about wrote bytes,
-   0: none. While cmd works on a key: key; hash: the key's; shard: its shard, locked;
-   link: points at the key's entry, or is where the pointer to a new one goes. */
+   replies are out, or NULL. in: what was read; a RESP request starts at start, the next
+   request at pos; of a line, the scanned bytes from there hold no newline. argv: the argc
+   words of the request, kept in words, which point into in; bytes: the sum of their
+   lengths. out: replies not yet sent, to asked requests; they reveal the log as far as
+   seen, and have changed about wrote bytes, 0: none. While cmd works on a key: key; hash:
+   the key's; shard: its shard, locked; *link: its entry, or NULL where a new one goes.
+   ahead: where the next one's key is, or 0; ahead_hash: its hash. */
 struct conn {
     int fd, tries;
     bool resp, crlf, authed;
     const char *closing;
     struct buf in, words, out;
-    size_t pos, scanned, argc, bytes, asked, wrote;
-    uint64_t seen, hash;
+    size_t start, pos, ahead, scanned, argc, bytes, asked, wrote;
+    uint64_t seen, hash, ahead_hash;
     const struct command *cmd;
     struct shard *shard;
     struct entry **link;
@@ -376,6 +377,7 @@ static bool protocol_error(struct conn *c, const char *what) {
 static bool take_array(struct conn *c) {
     char *at = c->in.p + c->pos, *end = c->in.p + c->in.len;
     int64_t words = 0, n = 0, max = c->authed ? MAX_WORDS : OPEN_WORDS;
+    c->start = c->pos;
     for (int64_t i = -1; i < words; i++) {
         size_t left = (size_t)(end - at);
         if (left && *at != (i < 0 ? '*' : '$')) return protocol_error(c, "expected '$'");
@@ -1039,9 +1041,23 @@ static bool cmd_help(struct conn *c) {
     return reply_list(c, start, c->resp ? lines : (size_t)(cmd - commands), "command");
 }
 
-/* Runs the command on one key, with the key's shard locked. Returns what run returned. */
+/* Runs the command on one key, with the key's shard locked. Returns what run returned.
+   A lookup mostly waits for memory. In a pipeline of RESP the next request often begins
+   as this one does, up to its key, which then is as long: have memory bring its entry. */
 static bool run_on_key(struct conn *c, struct slice key) {
-    c->hash = hash_bytes(key);
+    c->hash = key.p == c->in.p + c->ahead ? c->ahead_hash : hash_bytes(key);
+    size_t ahead = c->pos + (size_t)(key.p - c->in.p) - c->start; /* the next one's key */
+    bool alike = c->resp && key.p == c->argv[1].p && ahead + key.len <= c->in.len &&
+                 memcmp(c->in.p + c->start, c->in.p + c->pos, ahead - c->pos) == 0;
+    if (alike) {
+        c->ahead = ahead;
+        c->ahead_hash = hash_bytes((struct slice){c->in.p + ahead, key.len});
+        struct shard *other = &shards[c->ahead_hash >> 32 & (uint64_t)(opt.shards - 1)];
+        pthread_mutex_lock(&other->lock);
+        struct entry **b = other->table.buckets;
+        if (b) __builtin_prefetch(b[(uint32_t)c->ahead_hash * other->table.size >> 32]);
+        pthread_mutex_unlock(&other->lock);
+    }
     struct shard *s = c->shard = &shards[c->hash >> 32 & (uint64_t)(opt.shards - 1)];
     c->key = key;
     pthread_mutex_lock(&s->lock);
@@ -1103,7 +1119,7 @@ static void fill(struct conn *c) {
     ssize_t n = -1;
     in->len -= c->pos;
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
-    c->pos = 0;
+    c->pos = c->ahead = 0; /* what stood there has moved */
     for (char *to; (to = buf_reserve(in, 2UL * SMALL_BUF)); looks--) {
         if (looks > 1) sched_yield(); /* maybe the client is next, and asks */
         n = recv(c->fd, to, in->cap - in->len, looks > 0 ? MSG_DONTWAIT : 0);
@@ -1162,10 +1178,10 @@ static void *conn_main(void *arg) {
         flush(&c);
     }
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
-    hang_up(c.fd, LINGER);
     free(c.in.p);
     free(c.words.p);
     free(c.out.p);
+    hang_up(c.fd, LINGER);
     atomic_fetch_sub(&connected, 1); /* the last thing: main ends the program at 0 */
     return NULL;
 }

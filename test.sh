@@ -1836,6 +1836,41 @@ resp() { # WORD...: one request; words hold no NUL
             $'-ERR unknown command \'NOSUCH\', see HELP\r' 2 $':3\r'
 }
 
+@test "pipelined RESP requests reach the keys they name, alike or not, cut anywhere" {
+    start_kv
+    connect
+    for ((i = 1; i <= 300; i++)); do resp SET "key:$((i * 7))" "$i"; done >"$tmp/in" # keys grow
+    for ((i = 1; i <= 298; i++)); do resp DEL "key:$((i * 7))" "none:$i"; done >>"$tmp/in"
+    for size in 29 64k; do # bytes in each write
+        dd if="$tmp/in" ibs=64k obs="$size" status=none >&"$c"
+        timeout 20 head -n 598 <&"$c" | uniq -c | is_like $' *300 \\+OK\r' $' *298 :1\r'
+        ask 'GET key:2100' 'GET key:2093' 'GET key:2086' 'GET key:7' DBSIZE |
+            is 300 299 '(nil)' '(nil)' 2
+        ask FLUSHALL | is OK
+    done
+    for i in 1 22 333 444 55 66; do resp SET "a$i" "$i"; done >"$tmp/in"
+    for i in 444 333 1 66 55 22 4444; do resp GET "a$i"; done >>"$tmp/in"
+    talk <"$tmp/in" | grep -v '^[+$][^-]' |
+        is $'444\r' $'333\r' $'1\r' $'66\r' $'55\r' $'22\r' $'$-1\r'
+    ask 'GET a1' 'GET a22' 'GET a333' | is 1 22 333
+}
+
+# What stands in the input now may stand where another key was expected to come.
+@test "a key is not taken for one that stood at the same place of an earlier packet" {
+    start_kv
+    ask 'SET a 1' 'SET zz 2' | is OK OK
+    connect
+    { resp GET a && resp GET a; } >&"$c"
+    timeout 20 head -n 4 <&"$c" | is $'$1\r' $'1\r' $'$1\r' $'1\r'
+    for ((i = 0; i < 25; i++)); do # empty lines let the key begin at each place
+        { head -c "$i" /dev/zero | tr '\0' '\n' && resp GET zz; } >"$tmp/packet"
+        cat "$tmp/packet" >&"$c"
+        timeout 20 head -n 2 <&"$c" | is $'$1\r' $'2\r'
+        { resp GET a && resp GET a; } >&"$c"
+        timeout 20 head -n 4 <&"$c" | is $'$1\r' $'1\r' $'$1\r' $'1\r'
+    done
+}
+
 @test "a RESP request may arrive a byte at a time, a bulk cut anywhere" {
     start_kv
     connect
