@@ -97,11 +97,11 @@ struct buf {
    is needed, or it was given; tries: wrong ones. closing: why to close as soon as the
    replies are out, or NULL. in: what was read; a RESP request starts at start, the next
    request at pos; of a line, the scanned bytes from there hold no newline. argv: the argc
-   words of the request, kept in words, which point into in; bytes: the sum of their
+   words of the request, which stand in words and point into in; bytes: the sum of their
    lengths. out: replies not yet sent, to asked requests; they reveal the log as far as
    seen, and have changed about wrote bytes, 0: none. While cmd works on a key: key; hash:
    the key's; shard: its shard, locked; *link: its entry, or NULL where a new one goes.
-   ahead: where the next one's key is, or 0; ahead_hash: its hash. */
+   ahead: where the next request's key is, or 0; ahead_hash: its hash. */
 struct conn {
     int fd, tries;
     bool resp, crlf, authed;
@@ -1047,9 +1047,8 @@ static bool cmd_help(struct conn *c) {
 static bool run_on_key(struct conn *c, struct slice key) {
     c->hash = key.p == c->in.p + c->ahead ? c->ahead_hash : hash_bytes(key);
     size_t ahead = c->pos + (size_t)(key.p - c->in.p) - c->start; /* the next one's key */
-    bool alike = c->resp && key.p == c->argv[1].p && ahead + key.len <= c->in.len &&
-                 memcmp(c->in.p + c->start, c->in.p + c->pos, ahead - c->pos) == 0;
-    if (alike) {
+    if (c->resp && key.p == c->argv[1].p && ahead + key.len <= c->in.len &&
+        memcmp(c->in.p + c->start, c->in.p + c->pos, ahead - c->pos) == 0) {
         c->ahead = ahead;
         c->ahead_hash = hash_bytes((struct slice){c->in.p + ahead, key.len});
         struct shard *other = &shards[c->ahead_hash >> 32 & (uint64_t)(opt.shards - 1)];
@@ -1222,14 +1221,15 @@ static uint32_t crc32c(const char *bytes, size_t n) {
 static uint64_t aof_append(size_t n, const struct slice *words) {
     if (aof_fd < 0) return 0;
     pthread_mutex_lock(&aof.lock);
-    if (n > 0) buf_header(&aof.gathered, aof.gathered.len, '*', n);
+    struct buf *b = &aof.gathered;
+    if (n > 0) buf_header(b, b->len, '*', n);
     for (size_t i = 0; i < n; i++) {
-        buf_header(&aof.gathered, aof.gathered.len, '$', words[i].len);
-        buf_add(&aof.gathered, words[i].p, words[i].len);
-        buf_add(&aof.gathered, "\r\n", 2);
+        buf_header(b, b->len, '$', words[i].len);
+        buf_add(b, words[i].p, words[i].len);
+        buf_add(b, "\r\n", 2);
     }
     /* Memory has what the log will not: nobody has been answered, nobody will be. */
-    if (aof.gathered.failed) exit(say(ERROR, "out of memory for the append-only file"));
+    if (b->failed) exit(say(ERROR, "out of memory for the append-only file"));
     uint64_t end = aof.end += n > 0;
     pthread_mutex_unlock(&aof.lock);
     return end;
