@@ -234,7 +234,8 @@ set_most() { # sets $most: a connection takes a descriptor and a thread, of whic
 # --- two programs in turns ----------------------------------------------------------------
 
 # Two programs take turns with the same load, and in being first. Round 0 warms up with a tenth
-# of the requests and does not count. $tmp/rounds gets lines "NAME A B".
+# of the requests and does not count. $tmp/rounds gets lines "NAME A B". If $renew is a function, it
+# starts each program for each round, and pair stops it.
 pair() { # TABLE LOAD A B REQUESTS bench|stream|... ARGUMENT...
     local table=$1 load=$2 a=$3 b=$4 n=$5 round name program turn
     local -A of=()
@@ -245,7 +246,9 @@ pair() { # TABLE LOAD A B REQUESTS bench|stream|... ARGUMENT...
         if ((round % 2)); then turn=("$b" "$a"); fi
         for program in "${turn[@]}"; do
             progress "$table: $load: $program, round $round of $rounds"
+            if [[ $renew ]]; then "$renew" "$program"; fi
             "$1" "$program" $((round ? n : n / 10 + 1)) "${@:2}" || die "$error"
+            if [[ $renew ]]; then stop "$program"; fi
             for name in "${!result[@]}"; do of[$program.$name]=${result[$name]}; done
             if ((round)); then record "$table" "$load" "$program" "$round"; fi
         done
@@ -376,8 +379,7 @@ compare() {
     prepare resp SET 1
     compare_memory
 
-    start_kv kv "$kv"
-    start_redis Redis
+    renew=fill_anew
     pair_heading kv/s Redis/s
     while IFS='|' read -r -u 3 c n arguments; do
         if ((c > most)); then say '%-31s %s\n' "$c connections" 'more than is allowed' && continue; fi
@@ -397,6 +399,9 @@ compare() {
 1000|200000|
 10000|1000000|
 END
+    renew=''
+    start_kv kv "$kv"
+    start_redis Redis
     label='SET nc -N, text / RESP'
     pair compare "$label" kv Redis "$keys" stream SET 1
     pair_row compare "$label" kv Redis rate
@@ -410,6 +415,13 @@ END
     say 'Processor seconds per million requests, the server alone, user and system; same rounds.\n'
     stop Redis
     compare_memcached
+}
+
+# So that no round depends on how memory came to lie in a server, or on what the server has been
+# through before. It gets the keys of -r 100000.
+fill_anew() { # NAME
+    if [[ $1 = kv ]]; then start_kv kv "$kv"; else start_redis "$1"; fi
+    bench "$1" $((500000 * scale / 100)) -t set -r 100000 -P 16 || die "$error"
 }
 
 compare_memory() {
@@ -773,7 +785,7 @@ done
 for n in "${ROUNDS:-1}" "${SCALE:-1}" "${CONNECTIONS:-1}"; do
     [[ $n =~ ^[1-9][0-9]{0,5}$ ]] || wrong "ROUNDS, SCALE and CONNECTIONS are numbers from 1, not $n"
 done
-rounds=${ROUNDS:-7} scale=${SCALE:-100}
+rounds=${ROUNDS:-7} scale=${SCALE:-100} renew=''
 if ((quick)); then scale=${SCALE:-10}; fi
 if ((quick)) || [[ $mode = plot ]]; then rounds=${ROUNDS:-3}; fi
 keys=$((1000000 * scale / 100)) kv=./kv
