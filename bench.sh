@@ -307,7 +307,7 @@ summary() { # NAME
 # --- kv alone -----------------------------------------------------------------------------
 
 alone() {
-    local n=$((150000 * scale / 100)) test c parts verb arguments cells
+    local n=$((120000 * scale / 100)) test c parts verb arguments cells
     need nc redis-benchmark
     start_kv kv "$kv"
     bench kv $((n * 5)) -t set -r 100000 -P 16 || die "$error" # warms up
