@@ -1257,28 +1257,41 @@ deadlines() {
 }
 
 @test "100,000 keys that expire in one second do not hold up another client" {
+    start_idle_kv
     start_kv -s 1
-    for try in 1 2 3; do # a busy machine may hold up anybody, but not three times
-        longest=0
+    connect
+    for try in 1 2 3 4 5; do
         seq -f 'SET k%.0f x PX 1500' 100000 | talk | uniq | is OK
-        connect
-        longest=$(quickly slowest_get 2000 "$c")
-        echo "try $try: the slowest GET took $longest us"
+        read -r longest usual < <(quickly slowest_gets 2000 "$c")
+        echo "try $try: the slowest GET took $longest us, and at an idle server $usual us"
         wait_until keys_are 0
-        if ((longest < (${#sanitized} ? 100000 : 10000))); then return 0; fi
+        if ((longest - usual < (${#sanitized} ? 100000 : 10000))); then return 0; fi
     done
     false
 }
 
-slowest_get() { # MS FD: asks for that long, prints the longest time that a GET took, in us
-    local start now last worst=0
+# A busy machine holds up anybody. How long, tells a second server that does nothing else.
+start_idle_kv() { # sets $idle to a connection to it; ends with the test
+    start_kv
+    connect
+    idle=$c
+    helpers+=("$pid")
+    disown "$pid"
+}
+
+# Asks a server and the idle one in turn, for that long. Prints the longest time that a GET took
+# at each, in us.
+slowest_gets() { # MS FD
+    local start now last fd longest=()
     start=${EPOCHREALTIME/./} now=$start
     while ((now - start < $1 * 1000)); do
-        echo 'GET a' >&"$2" && receive "$2"
-        last=$now now=${EPOCHREALTIME/./}
-        if ((now - last > worst)); then worst=$((now - last)); fi
+        for fd in "$2" "$idle"; do
+            echo 'GET a' >&"$fd" && receive "$fd"
+            last=$now now=${EPOCHREALTIME/./}
+            if ((now - last > longest[fd])); then longest[fd]=$((now - last)); fi
+        done
     done
-    echo "$worst"
+    echo "${longest[$2]} ${longest[$idle]}"
 }
 
 # ==========================================================================================
@@ -3440,17 +3453,18 @@ all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/
 }
 
 @test "KEYS over a million keys does not hold up another client" {
+    start_idle_kv
     start_kv -s 1
     seq -f 'SET key:%.0f x' $((${#sanitized} ? 300000 : 1000000)) | talk | uniq | is OK
     connect
-    for try in 1 2 3 4 5; do # a busy machine may hold up anybody, but not each time
+    for try in 1 2 3 4 5; do
         background bash -c 'yes "KEYS *z" | head -n 30 | timeout 60 nc -N 127.0.0.1 "$1"' - "$port" \
             >/dev/null
-        longest=$(quickly slowest_get 300 "$c")
-        kill -9 "${helpers[@]}" 2>/dev/null || true # it may have ended
-        helpers=()
-        echo "try $try: the slowest GET took $longest us"
-        if ((longest < (${#sanitized} ? 200000 : 15000))); then return 0; fi
+        read -r longest usual < <(quickly slowest_gets 300 "$c")
+        kill -9 "${helpers[-1]}" 2>/dev/null || true # it may have ended
+        unset 'helpers[-1]'
+        echo "try $try: the slowest GET took $longest us, and at an idle server $usual us"
+        if ((longest - usual < (${#sanitized} ? 200000 : 15000))); then return 0; fi
     done
     false
 }
@@ -3655,13 +3669,13 @@ visitors='while true; do
         sleep 0.05
     done'
 
-p99() { # COUNT FD: asks that often and prints the time, in us, that 99 of 100 stay below
+p95() { # COUNT FD: asks that often and prints the time, in us, that 95 of 100 stay below
     local i start
     for ((i = 0; i < $1; i++)); do
         start=${EPOCHREALTIME/./}
         echo 'GET w' >&"$2" && receive "$2"
         echo $((${EPOCHREALTIME/./} - start))
-    done | sort -n | sed -n "$(($1 * 99 / 100))p"
+    done | sort -n | sed -n "$(($1 * 95 / 100))p"
 }
 
 @test "2,000 clients that are slow, deaf, or come and go do not slow down one that behaves" {
@@ -3670,7 +3684,7 @@ p99() { # COUNT FD: asks that often and prints the time, in us, that 99 of 100 s
     ask "SET k $(x 20000)" 'SET w 1' | is OK OK
     connect
     good=$c
-    alone=$(quickly p99 2000 "$good")
+    alone=$(quickly p95 2000 "$good")
     for i in 1 2 3 4; do
         background bash -c "$slow_senders" - "$port" $((count / 5)) >"$tmp/crowd.$i"
     done
@@ -3679,8 +3693,8 @@ p99() { # COUNT FD: asks that often and prints the time, in us, that 99 of 100 s
     wait_until crowd_is_there
     wait_until clients_at_least "$count"
     for try in 1 2 3 4 5; do # a busy machine may slow down anybody, but not each time
-        crowded=$(quickly p99 2000 "$good")
-        echo "try $try: 99 of 100 requests took up to $alone us alone, $crowded us in the crowd"
+        crowded=$(quickly p95 2000 "$good")
+        echo "try $try: 95 of 100 requests took up to $alone us alone, $crowded us in the crowd"
         ((crowded > alone * 2 + (${#sanitized} ? 2000 : 100))) || break
         ((try < 5))
     done
