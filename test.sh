@@ -1196,10 +1196,10 @@ END
 @test "mass expiry gives memory back, of large and of small entries" {
     start_kv
     ask PING | is PONG
-    before=$(process_kb VmRSS)
+    before=$(process_kb VmRSS) moment=$(($(now_ms) + 1500))
     {
-        seq -f "SET k%.0f $(x 500) PX 1000" $((100000 / part))
-        seq -f 'SET s%.0f x PX 1000' $((200000 / part))
+        seq -f "SET k%.0f $(x 500) PXAT $moment" $((100000 / part))
+        seq -f "SET s%.0f x PXAT $moment" $((200000 / part))
     } | talk | uniq | is OK
     wait_until keys_are 0
     patience=5 wait_until takes_less VmRSS $((before + 15000))
