@@ -19,8 +19,8 @@ export LC_ALL=C # bytes are bytes
 KV=$(realpath "${KV:-$BATS_TEST_DIRNAME/kv}")
 
 # Sanitizers cost time, and memory that says nothing about kv. ThreadSanitizer gives up when
-# one thread holds 64 locks, and at some 8,000 threads, and there others' number of keys is too slow;
-# LeakSanitizer looks for seconds after 10,000 threads.
+# one thread holds 64 locks, and at some 8,000 threads; what others do with a number of keys is
+# done there with a part of them. LeakSanitizer needs seconds to end after 10,000 threads.
 sanitized='' connections=10000 for_all=() time_limit=60 part=1
 case ${KV##*/} in
     *tsan*) sanitized=tsan connections=2000 for_all=(-s 32) time_limit=120 part=5 ;;
@@ -3474,6 +3474,7 @@ all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/
         kill -9 "${helpers[-1]}" 2>/dev/null || true # it may have ended
         unset 'helpers[-1]'
         echo "try $try: the slowest GET took $longest us, at an idle server $usual us, KEYS $took ms"
+        # Who keeps the lock all the time that KEYS looks at keys holds others up for more than half of it.
         if ((longest - usual < took * 1000 / 3)); then return 0; fi
     done
     false
