@@ -2,7 +2,7 @@
 
 CC     ?= cc
 CFLAGS ?= -O3 -g
-STRICT  = -std=c11 -D_POSIX_C_SOURCE=200809L -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
+STRICT  = -std=c11 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
           -Wstrict-prototypes -Wvla -Werror
 PORT   ?= 8080
 PREFIX ?= /usr/local

@@ -3,7 +3,8 @@
  * === 0 The map ======================================================================
  *
  * People talk to kv in lines of text over TCP (nc localhost 8080), client libraries in
- * RESP; it keeps keys and values in memory, and with --aof also in a file.
+ * RESP, the protocol of Redis. Keys and values are in memory, and with --aof also in a
+ * file.
  *
  *      clients             threads                                memory
  *
@@ -18,16 +19,18 @@
  *                         has passed its deadline  ---------------+    v
  *                                                    file  <----  append-only log
  *
- * A key belongs to the shard that its hash names. A shard is a hash table (key to value)
- * and a heap (what expires next), and one mutex that guards both: two connections wait
- * for each other only when their keys share a shard.
+ * A key belongs to one shard; its hash says to which. A shard is a hash table (key to
+ * value) and a heap (what expires next), and one mutex that guards both: two connections
+ * wait for each other only when their keys are in the same shard.
  *
  * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
- * their numbers), and inside it for a moment the log's lock. There is no other: what else
- * threads share is atomic, or set before they start. Nothing that may block (a read, a
- * send, a write, a sleep) is done under a lock. Locking a healthy mutex cannot fail.
+ * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
+ * No thread reads, sends, writes or sleeps with one of these two. The thread that writes
+ * the file holds a third lock, the writer's, and takes no shard lock meanwhile. All else
+ * that threads share is atomic, or set before they start. To lock a mutex that is
+ * initialized and not held by the same thread cannot fail, so nothing checks it.
  *
- * The sections build on each other and each has a chapter of its number in doc/:
+ * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
  *   7 Expiry            8 Commands  9 Connections   10 Append-only file   11 The server
  */
@@ -40,7 +43,8 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <pthread.h> /* with it come sched.h and time.h */
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -53,30 +57,16 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 #ifdef __GLIBC__
-#include <malloc.h> /* malloc_trim: else glibc keeps what was freed in mid-heap */
-#else
-#define malloc_trim(unused) ((void)(unused))
+#include <malloc.h> /* mallopt */
 #endif
-#define KV_VERSION "0.1.0"
 
-/* The compiler checks the f-th argument, a format, against those behind it. */
+#define KV_VERSION "0.2.0"
+
+/* The compiler checks argument f, a format, against the arguments behind it. */
 #define PRINTF_LIKE(f) __attribute__((format(printf, f, (f) + 1)))
-
-/* MAX_SHOWN bytes of a client's word are repeated by an error or the log. OPEN_WORDS and
-   OPEN_BYTES are as much as a request may have before AUTH. */
-enum { MAX_WORDS = 1024, MAX_SHOWN = 64, OPEN_WORDS = 10, OPEN_BYTES = 16384 };
-/* With up to FEW_CLIENTS each thread looks LOOKS times for input before it sleeps, beyond
-   that LOOKERS at a time; who commits lets others JOIN its fsync. Buffers begin with
-   SMALL_BUF bytes; IO_CHUNK of replies are sent; a STACK costs the pages it touches. */
-enum { FEW_CLIENTS = 256, LOOKERS = 4, LOOKS = 20, SMALL_BUF = 512 };
-enum { IO_CHUNK = 65536, STACK = 65536, JOIN = 10 };
-
-/* The expiry thread looks every TICK and removes up to BATCH entries per lock; KEYS looks
-   at WALK_BUCKETS per lock. After SIGTERM clients have STOP_GRACE to take their replies,
-   and LINGER to read why they are closed. Times are in ms. */
-enum { TICK = 50, BATCH = 128, WALK_BUCKETS = 64, STOP_GRACE = 2000, LINGER = 1000 };
 
 /* Some bytes that belong to somebody else: a word of a request, a key, a value. */
 struct slice {
@@ -84,180 +74,232 @@ struct slice {
     size_t len;
 };
 
-/* Bytes that grow at the end. Owns p. Once memory has run out, failed stays set and
-   nothing more is added, so who fills a buffer need check only once, at the end. */
-struct buf {
-    char *p;
-    size_t len, cap;
-    bool failed;
-};
-
-/* One connection, on the stack of its thread; no other thread sees it. resp: the form of
-   request and reply, else text; crlf: lines of the reply end in CRLF. authed: no password
-   is needed, or it was given; tries: wrong ones. closing: why to close as soon as the
-   replies are out, or NULL. in: what was read; a RESP request starts at start, the next
-   request at pos; of a line, the scanned bytes from there hold no newline. argv: the argc
-   words of the request, which stand in words and point into in; bytes: the sum of their
-   lengths. out: replies not yet sent, to asked requests; they reveal the log as far as
-   seen, and have changed about wrote bytes, 0: none. While cmd works on a key: key; hash:
-   the key's; shard: its shard, locked; *link: its entry, or NULL where a new one goes.
-   ahead: where the next request's key is, or 0; ahead_hash: its hash. */
-struct conn {
-    int fd, tries;
-    bool resp, crlf, authed;
-    const char *closing;
-    struct buf in, words, out;
-    size_t start, pos, ahead, scanned, argc, bytes, asked, wrote;
-    uint64_t seen, hash, ahead_hash;
-    const struct command *cmd;
-    struct shard *shard;
-    struct entry **link;
-    struct slice key, *argv;
-};
-
-/* A string to return by value. */
+/* A short string that a function can return. */
 struct text {
-    char text[4 * MAX_SHOWN + 8];
+    char text[272];
 };
 
-static char password[1024]; /* empty: none is needed */
-static int max_fds, spare;  /* a client's descriptor is below it; see accept_client */
-static atomic_long connected, looking; /* clients; of many, those who look */
-static int aof_fd = -1;      /* append-only file; -1: none, -2: it is being replayed */
-static atomic_bool disk_bad; /* it could not be written: writes are refused */
-static atomic_int stopping;  /* 0: serving; 1: answering what has arrived; 2: giving up */
+/* How far the server is on its way to its end. (To read, set or count up an atomic
+   variable with the usual operators is atomic.) */
+static enum stage {
+    SERVING,
+    ANSWERING /* what has arrived */,
+    GIVING_UP
+} _Atomic stopping;
 
 /* === 1 Options and log ============================================================= */
-static struct {
-    const char *bind, *fsync, *aof, *password_file;
-    long port, max_clients, timeout, max_value, shards;
-    long insecure, verbose, quiet, help, version;
-} opt = {"127.0.0.1", "everysec", 0, 0, 8080, 10000, 0, 1 << 20, 256, 0, 0, 0, 0, 0};
 
-/* A row says all about an option: parsing, checks and --help use it. No arg: a switch, a
-   long that counts. With a max: a number, a long. Else a string. */
-static const struct option {
-    const char *letter, *name, *arg, *help; /* as --help prints them */
-    void *to;
-    long min, max;
-} options[] = {
-    {"-p,", "port", "N", "8080; 0: any free port", &opt.port, 0, 65535},
-    {"-b,", "bind", "ADDR", "127.0.0.1; IPv4, IPv6 or a host name", &opt.bind, 0, 0},
-    {"-c,", "max-clients", "N", "10000", &opt.max_clients, 1, 1000000},
-    {"-t,", "timeout", "SECONDS", "0: never; close when idle", &opt.timeout, 0, 1000000},
-    {"  ", "max-value", "BYTES", "1048576; the longest word", &opt.max_value, 1, 1 << 29},
-    {"-s,", "shards", "N", "256; a power of two", &opt.shards, 1, 4096},
-    {"-a,", "aof", "FILE", "none; replayed at start, then appended to", &opt.aof, 0, 0},
-    {"  ", "fsync", "WHEN", "everysec; always, everysec or no", &opt.fsync, 0, 0},
-    {"-P,", "password-file", "FILE", "none; clients must AUTH", &opt.password_file, 0, 0},
-    {"  ", "insecure", "", "serve the network openly", &opt.insecure, 0, 0},
-    {"-v,", "verbose", "", "log connections, -vv every command", &opt.verbose, 0, 0},
-    {"-q,", "quiet", "", "log only trouble", &opt.quiet, 0, 0},
-    {"-h,", "help", "", "print this", &opt.help, 0, 0},
-    {"-V,", "version", "", "print the version", &opt.version, 0, 0},
-    {"", NULL, "", "", NULL, 0, 0},
+static struct {
+    long port;
+    const char *bind;
+    long max_clients;
+    long timeout;     /* in s; 0: none */
+    long max_request; /* in bytes */
+    long shards;
+    const char *aof; /* a file's name; NULL: none */
+    const char *fsync;
+    const char *password_file;
+    long insecure, verbose, quiet, help, version; /* how often each was given */
+} opt = {
+    .port = 8080,
+    .bind = "127.0.0.1",
+    .max_clients = 10000,
+    .max_request = 4259840, /* 4 MiB + 64 KiB */
+    .shards = 256,
+    .fsync = "everysec",
 };
 
-/* What a line of the log is about: -q keeps what comes before INFO, -v and -vv add what
-   comes behind. USAGE is about the command line. */
-enum level { USAGE, ERROR, WARN, INFO, CLIENT, COMMAND };
+/* What --fsync says. */
+static enum { FSYNC_ALWAYS, FSYNC_EVERYSEC, FSYNC_NO } fsync_policy;
 
-#define SECOND INT64_C(1000000000) /* in ns */
-static int64_t ns_on(clockid_t clock) {
+/* A row says all about an option: the parser, its checks and --help use it. */
+static const struct option {
+    const char *letter, *name;
+    const char *value; /* what --help calls its value; "": it is a switch */
+    const char *help;
+    const char **text; /* where its value goes, if that is text */
+    long *number;      /* else where its value goes; a switch is counted there */
+    long min, max;     /* of a number */
+} options[] = {
+    {"-p", "--port", "N", "8080; 0: any free port", NULL, &opt.port, 0, 65535},
+    {"-b", "--bind", "ADDR", "127.0.0.1; IPv4, IPv6 or a host name", &opt.bind, NULL, 0,
+     0},
+    {"-c", "--max-clients", "N", "10000", NULL, &opt.max_clients, 1, 1000000},
+    {"-t", "--timeout", "SECONDS", "0: never; close when idle", NULL, &opt.timeout, 0,
+     1000000},
+    {"  ", "--max-request", "BYTES", "4259840; the longest request, as it is sent", NULL,
+     &opt.max_request, 1024, 1L << 29},
+    {"-s", "--shards", "N", "256; a power of two", NULL, &opt.shards, 1, 4096},
+    {"-a", "--aof", "FILE", "none; replayed at start, then appended to", &opt.aof, NULL,
+     0, 0},
+    {"  ", "--fsync", "WHEN", "everysec; always, everysec or no", &opt.fsync, NULL, 0, 0},
+    {"-P", "--password-file", "FILE", "none; clients must AUTH", &opt.password_file, NULL,
+     0, 0},
+    {"  ", "--insecure", "", "serve the network openly", NULL, &opt.insecure, 0, 0},
+    {"-v", "--verbose", "", "log connections, -vv every command", NULL, &opt.verbose, 0,
+     0},
+    {"-q", "--quiet", "", "log only trouble", NULL, &opt.quiet, 0, 0},
+    {"-h", "--help", "", "print this", NULL, &opt.help, 0, 0},
+    {"-V", "--version", "", "print the version", NULL, &opt.version, 0, 0},
+    {NULL, NULL, NULL, NULL, NULL, NULL, 0, 0},
+};
+
+static int64_t read_clock_us(clockid_t clock) {
     struct timespec t;
     clock_gettime(clock, &t);
-    return t.tv_sec * SECOND + t.tv_nsec;
+    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
-/* Nanoseconds on a clock that nobody sets, to measure how long something takes. */
-static int64_t ticks(void) { return ns_on(CLOCK_MONOTONIC); }
+/* Microseconds on a clock that nobody sets, to measure how long something takes. */
+static int64_t monotonic_us(void) { return read_clock_us(CLOCK_MONOTONIC); }
 
-/* Milliseconds since 1970, for deadlines, which are moments of the wall clock. 0 while
-   the append-only file is replayed: nothing has passed then. */
-static int64_t now_ms(void) { return aof_fd < -1 ? 0 : ns_on(CLOCK_REALTIME) / 1000000; }
+/* Milliseconds since 1970 on the wall clock, for deadlines. */
+static int64_t now_ms(void) { return read_clock_us(CLOCK_REALTIME) / 1000; }
 
-static bool logs(enum level at) { return at <= (opt.quiet ? WARN : INFO + opt.verbose); }
+/* Sleeps for less than a second. A signal may end it early: no caller minds. */
+static void sleep_ms(int ms) { nanosleep(&(struct timespec){0, ms * 1000000L}, NULL); }
 
-/* Writes one line to stderr in one call, so that lines of several threads never mix; what
-   does not fit is cut. Returns the exit status for who wants to end with exit(say()). */
-static PRINTF_LIKE(2) int say(enum level at, const char *fmt, ...) {
-    static const char tags[][6] = {"ERROR", "ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
-    char now[24], text[993], line[1040];
+/* What a line of the log is about. -q drops INFO; -v adds CLIENT, -vv also COMMAND. */
+enum level { ERROR, WARN, INFO, CLIENT, COMMAND };
+
+static bool is_logged(enum level level) {
+    long most = opt.quiet ? WARN : INFO + opt.verbose;
+    return (long)level <= most;
+}
+
+/* Writes one line to stderr in one call, so that the lines of several threads never mix.
+   What does not fit is cut. Never blocks: where nobody reads a pipe, so that it is full,
+   the line is dropped. The lock keeps another thread from filling the pipe between poll
+   and write. */
+static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
+    static const char *tags[] = {"ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    char date[24], text[960], line[1024];
+    if (!is_logged(level)) return;
+    int64_t ms = now_ms();
+    time_t seconds = (time_t)(ms / 1000);
+    struct tm tm;
+    gmtime_r(&seconds, &tm);
+    strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%S", &tm);
     va_list args;
-    if (!logs(at)) return 0;
-    int64_t ms = ns_on(CLOCK_REALTIME) / 1000000;
-    strftime(now, sizeof now, "%FT%T", gmtime_r(&(time_t){ms / 1000}, &(struct tm){0}));
     va_start(args, fmt);
     vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    int n = sprintf(line, "%s.%03dZ %s %s\n", now, (int)(ms % 1000), tags[at], text);
-    /* When the write fails nobody is left to tell. */
-    return write(STDERR_FILENO, line, (size_t)n) < 0 || at != USAGE ? 1 : 2;
-}
-
-/* Accepts -n value, -nvalue, --name value, --name=value and -vv. To getopt a word that
-   begins with -- is option '-' with the rest as value; ':' lacks its value. */
-static void parse_options(int argc, char **argv) {
-    for (int letter; (letter = getopt(argc, argv, ":p:b:c:t:s:a:P:vqhV-:")) != -1;
-         optarg = NULL) {
-        const struct option *o = options;
-        char *value = optarg, *end;
-        size_t n = letter == '-' && value ? strcspn(value, "=") : 0; /* of a long name */
-        if (letter == ':') letter = optopt;
-        for (; o->name; o++)
-            if (n ? !strncmp(o->name, optarg, n) && !o->name[n] : o->letter[1] == letter)
-                break;
-        if (!o->name) exit(say(USAGE, "%s: see kv --help", argv[optind - 1]));
-        if (n) value = optarg[n] ? optarg + n + 1 : *o->arg ? argv[optind++] : NULL;
-        if (!value != !*o->arg)
-            exit(say(USAGE, "--%s %s value", o->name, *o->arg ? "needs a" : "takes no"));
-        const char *digits = value && o->max ? value : "0";
-        long number = strtol(digits, &end, 10);
-        if (*end || number < o->min || number > o->max || *digits < '0')
-            exit(say(USAGE, "--%s %s is not %ld to %ld", o->name, value, o->min, o->max));
-        if (o->max) *(long *)o->to = number;
-        else if (value) *(const char **)o->to = value;
-        else ++*(long *)o->to;
+    int len =
+        sprintf(line, "%s.%03dZ %s %s\n", date, (int)(ms % 1000), tags[level], text);
+    struct pollfd out = {.fd = STDERR_FILENO, .events = POLLOUT};
+    pthread_mutex_lock(&lock);
+    if (poll(&out, 1, 0) == 1) {
+        ssize_t written = write(STDERR_FILENO, line, (size_t)len);
+        (void)written; /* when that fails, nobody is left to tell */
     }
-    if (argv[optind]) exit(say(USAGE, "%s: see kv --help", argv[optind]));
-    if (opt.shards & (opt.shards - 1))
-        exit(say(USAGE, "--shards %ld is not a power of two", opt.shards));
-    bool syncs = !strcmp(opt.fsync, "always") || !strcmp(opt.fsync, "everysec");
-    if (!syncs && strcmp(opt.fsync, "no") != 0)
-        exit(say(USAGE, "--fsync %s is not always, everysec or no", opt.fsync));
+    pthread_mutex_unlock(&lock);
 }
 
-/* --help, or --version, which is its first line. Returns the exit status. */
-static int print_help(void) {
+/* Logs an error and ends the program. */
+#define die(status, ...) (say(ERROR, __VA_ARGS__), exit(status))
+
+/* Whether this is the first call in this second with this *last. For what a stranger can
+   cause, lest he fills the log. */
+static bool is_first_this_second(atomic_llong *last) {
+    long long second =
+        1 + monotonic_us() / 1000000; /* never 0, with which *last starts */
+    return atomic_exchange(last, second) != second;
+}
+
+/* Sets a number or text, from its value. */
+static void set_option(const struct option *o, const char *value) {
+    if (o->text) {
+        *o->text = value;
+        return;
+    }
+    char *end;
+    long number =
+        strtol(value, &end, 10); /* too large: LONG_MAX, which is out of range */
+    bool is_number = value[0] >= '0' && value[0] <= '9' && *end == 0;
+    if (!is_number || number < o->min || number > o->max)
+        die(2, "%s %s is not %ld to %ld", o->name, value, o->min, o->max);
+    *o->number = number;
+}
+
+/* Sets opt and fsync_policy from the command line. What is wrong there ends the program. */
+static void parse_options(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        bool is_vv = strcmp(argv[i], "-vv") == 0;
+        const char *word = is_vv ? "-v" : argv[i];
+        const struct option *o = options;
+        while (o->name && strcmp(word, o->letter) != 0 && strcmp(word, o->name) != 0) o++;
+        if (!o->name) die(2, "%s is no option: see kv --help", word);
+        if (o->value[0] == 0) {
+            *o->number += is_vv ? 2 : 1;
+        } else {
+            i++;
+            if (i == argc) die(2, "%s needs a value", o->name);
+            set_option(o, argv[i]);
+        }
+    }
+    if ((opt.shards & (opt.shards - 1)) != 0)
+        die(2, "--shards %ld is not a power of two", opt.shards);
+    if (strcmp(opt.fsync, "always") == 0) fsync_policy = FSYNC_ALWAYS;
+    else if (strcmp(opt.fsync, "everysec") == 0) fsync_policy = FSYNC_EVERYSEC;
+    else if (strcmp(opt.fsync, "no") == 0) fsync_policy = FSYNC_NO;
+    else die(2, "--fsync %s is not always, everysec or no", opt.fsync);
+}
+
+/* --version prints the first line, --help all. */
+static void print_help(void) {
     puts("kv " KV_VERSION ", a key-value server; talk to it with: nc localhost 8080");
     for (const struct option *o = options; opt.help && o->name; o++)
-        printf("  %3s --%-13s %-7s  %s\n", o->letter, o->name, o->arg, o->help);
-    return fflush(stdout) ? say(ERROR, "cannot print: %s", strerror(errno)) : 0;
+        printf("  %s %-15s %-7s  %s\n", o->letter, o->name, o->value, o->help);
+    if (fflush(stdout) != 0) die(1, "cannot print: %s", strerror(errno));
 }
 
 /* One end of a connection as text, 127.0.0.1:8080 or [::1]:8080. get is getpeername for
    the other end, getsockname for ours. */
 static struct text address_of(int fd, int get(int, struct sockaddr *, socklen_t *)) {
     struct text out = {"a client that is gone"};
-    struct sockaddr *sa = (struct sockaddr *)&(struct sockaddr_storage){0};
-    socklen_t len = sizeof(struct sockaddr_storage);
+    struct sockaddr_storage storage;
+    struct sockaddr *address = (struct sockaddr *)&storage;
+    socklen_t len = sizeof storage;
     char host[64], port[8];
-    if (!get(fd, sa, &len) &&
-        !getnameinfo(sa, len, host, 64, port, 8, NI_NUMERICHOST | NI_NUMERICSERV))
-        sprintf(out.text, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+    int numeric = NI_NUMERICHOST | NI_NUMERICSERV;
+    if (get(fd, address, &len) < 0) return out;
+    if (getnameinfo(address, len, host, sizeof host, port, sizeof port, numeric) != 0)
+        return out;
+    sprintf(out.text, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
     return out;
 }
 
 /* === 2 Buffers ===================================================================== */
-/* Makes room for n more bytes and returns where they go, or NULL when memory is out.
-   Doubling makes growth cost the same for each byte, however many there will be. */
+
+/* Bytes that grow at the end. Owns p. Once memory has run out, failed stays set and
+   nothing more is added: code that fills a buffer checks once, at the end. */
+struct buf {
+    char *p;
+    size_t len, cap;
+    bool failed;
+};
+
+/* A buffer begins with SMALL_BUF bytes. Replies are sent when IO_CHUNK bytes of them have
+   gathered, and a read takes about as many. */
+enum { SMALL_BUF = 512, IO_CHUNK = 65536 };
+
+/* Makes room for n more bytes and returns where they go, or NULL when memory is out. The
+   capacity doubles, so that in the long run each byte is copied about once. */
 static char *buf_reserve(struct buf *b, size_t n) {
-    size_t cap = b->cap ? b->cap : SMALL_BUF;
-    while (cap - b->len < n) cap *= 2; /* our limits keep this far from overflow */
-    char *p = b->failed ? NULL : cap == b->cap ? b->p : realloc(b->p, cap);
-    if (p) *b = (struct buf){p, b->len, cap, false};
-    b->failed = !p;
-    return p ? p + b->len : NULL;
+    size_t cap = b->cap > 0 ? b->cap : SMALL_BUF;
+    while (cap - b->len < n && cap <= SIZE_MAX / 2) cap *= 2;
+    if (cap - b->len < n) b->failed = true;
+    if (b->failed) return NULL;
+    if (cap == b->cap) return b->p + b->len;
+    char *p = realloc(b->p, cap);
+    if (!p) {
+        b->failed = true;
+        return NULL;
+    }
+    b->p = p;
+    b->cap = cap;
+    return p + b->len;
 }
 
 static void buf_add(struct buf *b, const void *p, size_t n) {
@@ -267,32 +309,75 @@ static void buf_add(struct buf *b, const void *p, size_t n) {
     b->len += n;
 }
 
-/* Puts a type byte, n and CRLF, as RESP has them, in front of what b holds from start. */
-static void buf_header(struct buf *b, size_t start, char type, size_t n) {
-    char s[] = "type, 20 digits, then\r\n", *end = s + sizeof s - 1, *p = end - 2;
-    do *--p = (char)('0' + n % 10);
-    while (n /= 10);
-    *--p = type;
-    size_t len = (size_t)(end - p);
-    if (!buf_reserve(b, len)) return;
-    memmove(b->p + start + len, b->p + start, b->len - start);
-    memcpy(b->p + start, p, len);
-    b->len += len;
+static void buf_add_text(struct buf *b, const char *text) {
+    buf_add(b, text, strlen(text));
 }
 
-/* Gives back the memory of an empty buffer that has doubled more than once. */
+/* Adds a header of RESP: a type byte, a number, CRLF. The digits are found from the last
+   to the first. (snprintf takes several times as long, and each reply has a header.) */
+static void buf_add_header(struct buf *b, char type, size_t n) {
+    char text[24];
+    size_t at = sizeof text;
+    text[--at] = '\n';
+    text[--at] = '\r';
+    do {
+        text[--at] = (char)('0' + n % 10);
+        n /= 10;
+    } while (n > 0);
+    text[--at] = type;
+    buf_add(b, text + at, sizeof text - at);
+}
+
+/* Frees the memory of a buffer that is empty and has become large. */
 static void buf_slim(struct buf *b) {
-    if (b->len > 0 || b->cap <= 2UL * SMALL_BUF) return;
+    if (b->len > 0 || b->cap <= 2 * SMALL_BUF) return;
     free(b->p);
     *b = (struct buf){.failed = b->failed};
 }
 
 /* === 3 Requests ==================================================================== */
-static bool reply_format(struct conn *, const char *, const char *, ...) PRINTF_LIKE(3);
 
-/* An error reply: a message that begins with a code word, mostly ERR. It is false, so
-   that a command can end with return fail(). */
-#define fail(c, ...) reply_format(c, "-", __VA_ARGS__)
+enum { MAX_WORDS = 1024 };                            /* of a request */
+enum { OPEN_MAX_WORDS = 10, OPEN_MAX_BYTES = 16384 }; /* of a request before AUTH */
+
+/* One connection. It is on the stack of its thread, and no other thread sees it. */
+struct conn {
+    /* For as long as the connection lasts: */
+    int fd;
+    bool authed; /* no password is needed, or it was given */
+    int wrong_passwords;
+    size_t max_bytes, max_words; /* of a request */
+    const char *closing;         /* why to close once the replies are sent; NULL: go on */
+    struct buf in;               /* what was read */
+    size_t pos;                  /* where in in the next request begins */
+    size_t scanned;              /* so many bytes from pos on hold no newline */
+    struct buf out;              /* replies that are not sent yet */
+    int blocking_reads;          /* so many reads block at once: see look_for_input */
+
+    /* Since replies were last sent: */
+    size_t replies; /* so many are in out */
+    bool writes;    /* one of the requests writes */
+    size_t logged;  /* bytes of keys and values that went to the append-only file */
+    uint64_t seen;  /* the last record that a reply may reveal: it must be safe first */
+
+    /* The request at hand: */
+    bool resp;          /* it is RESP, and so is the reply; else both are text */
+    bool crlf;          /* lines of the reply end in CRLF, else in LF */
+    struct slice *argv; /* its words; they point into in */
+    size_t argc, argv_room;
+    const struct command *cmd;
+
+    /* The key at hand, while its shard is locked: */
+    struct slice key;
+    uint32_t hash;
+    struct shard *shard;
+    struct entry *entry; /* NULL: there is no such key */
+};
+
+static bool fail(struct conn *, const char *, ...) PRINTF_LIKE(2);
+
+/* The bytes of a string. Nobody will write to them. */
+static struct slice str(const char *s) { return (struct slice){(char *)s, strlen(s)}; }
 
 static bool is_blank(char c) { return c == ' ' || c == '\t'; }
 
@@ -301,155 +386,246 @@ static bool word_is(struct slice word, const char *name) {
     return word.len == strlen(name) && strncasecmp(word.p, name, word.len) == 0;
 }
 
-/* Reads a number of 64 bits as strictly as Redis does: no blank, plus sign or leading
-   zero, and no overflow. INT64_MIN is one further from 0 than INT64_MAX. */
+/* Reads a number of 64 bits as strictly as Redis does: no blank, no plus sign, no leading
+   zero, no overflow. INT64_MIN is one further from 0 than INT64_MAX. */
 static bool parse_int(struct slice s, int64_t *n) {
     bool minus = s.len > 0 && s.p[0] == '-';
-    uint64_t sum = 0; /* has room for the 1 to 19 digits */
-    if (s.len - minus - 1 > 18 || (s.p[minus] == '0' && s.len > 1)) return false;
-    for (size_t i = minus; i < s.len; i++) {
+    size_t start = minus ? 1 : 0, digits = s.len - start;
+    uint64_t limit = minus ? (uint64_t)INT64_MAX + 1 : INT64_MAX;
+    uint64_t sum = 0; /* has room for 19 digits */
+    if (digits < 1 || digits > 19) return false;
+    if (s.p[start] == '0' && s.len > 1) return false;
+    for (size_t i = start; i < s.len; i++) {
         if (s.p[i] < '0' || s.p[i] > '9') return false;
         sum = sum * 10 + (uint64_t)(s.p[i] - '0');
     }
     *n = (int64_t)(minus ? 0 - sum : sum);
-    return sum <= (uint64_t)INT64_MAX + minus;
+    return sum <= limit;
 }
 
-/* The escapes that are a letter, and what they stand for. */
-static const char escape_names[] = "\"\\nrt", escape_bytes[] = "\"\\\n\r\t";
+/* Whether a request could be taken off the input. WRONG: it has been answered. */
+enum outcome { COMPLETE, INCOMPLETE, WRONG };
 
-/* Decodes the escape at from to *to. Returns where it ends, or NULL if there is none. It
+/* Answers a request behind which nobody knows where the next one begins, or that is too
+   long, and has the connection closed. */
+static enum outcome refuse(struct conn *c, const char *why) {
+    fail(c, "ERR %s", why);
+    c->replies++;
+    c->closing = why;
+    return WRONG;
+}
+
+static enum outcome refuse_long(struct conn *c) {
+    if (c->authed)
+        return refuse(c, "a request over --max-request or 1024 words is too long");
+    return refuse(c, "before AUTH a request over 16 KiB or 10 words is too long");
+}
+
+/* Adds a word to argv, if that is not one too many. */
+static enum outcome add_word(struct conn *c, char *p, size_t len) {
+    if (c->argc == c->max_words) return refuse_long(c);
+    if (c->argc == c->argv_room) {
+        size_t room = c->argv_room > 0 ? 2 * c->argv_room : 8;
+        struct slice *argv = realloc(c->argv, room * sizeof *argv);
+        if (!argv) return refuse(c, "out of memory");
+        c->argv = argv;
+        c->argv_room = room;
+    }
+    c->argv[c->argc] = (struct slice){p, len};
+    c->argc++;
+    return COMPLETE;
+}
+
+/* --- Text: line = { blank word } blank ("\n" | "\r\n") ------------------------------ */
+
+static const char bad_escape[] =
+    "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH";
+static const char bad_quotes[] =
+    "unbalanced quotes: a word that begins with a quote ends with one";
+
+/* The escapes that are a letter, and the bytes that they mean. */
+static const char escape_letters[] = "\\nrt\"", escape_bytes[] = "\\\n\r\t\"";
+
+static bool is_hex(char c) { return isxdigit((unsigned char)c) != 0; }
+
+/* escape = "\" ("\"" | "\" | "n" | "r" | "t" | "x" hex hex)
+   Decodes the escape at from to *to. Returns where it ends, or NULL if there is none. It
    looks no further than the line's CR or LF, which no escape contains. */
 static char *unescape(char *from, char *to) {
-    const char *hit = memchr(escape_names, from[1], sizeof escape_names - 1);
-    if (hit) *to = escape_bytes[hit - escape_names];
-    else if (from[1] == 'x' && isxdigit(from[2] & 0xff) && isxdigit(from[3] & 0xff))
-        *to = (char)strtol((char[]){from[2], from[3], 0}, NULL, 16);
-    else return NULL;
-    return from + (hit ? 2 : 4);
+    const char *letter = memchr(escape_letters, from[1], sizeof escape_letters - 1);
+    if (letter) {
+        *to = escape_bytes[letter - escape_letters];
+        return from + 2;
+    }
+    if (from[1] != 'x' || !is_hex(from[2]) || !is_hex(from[3])) return NULL;
+    char digits[] = {from[2], from[3], 0};
+    *to = (char)strtol(digits, NULL, 16);
+    return from + 4;
 }
 
-/* Adds a word to argv. Returns NULL, or what is wrong. */
-static const char *add_word(struct conn *c, struct slice word) {
-    c->bytes += word.len;
-    if (!c->authed && (c->argc == OPEN_WORDS || c->bytes > OPEN_BYTES))
-        return "before AUTH a request over 10 words or 16 KiB is too long";
-    if (c->argc == MAX_WORDS) return "a request of more than 1024 words is too long";
-    if (word.len > (size_t)opt.max_value) return "a word over --max-value is too long";
-    if (c->bytes > 2 * (size_t)opt.max_value + IO_CHUNK)
-        return "a request over 2 x --max-value + 64 KiB is too long";
-    buf_add(&c->words, &word, sizeof word);
-    c->argv = (struct slice *)(void *)c->words.p;
-    c->argc++;
-    return c->words.failed ? "out of memory" : NULL;
+/* quoted = "'" { byte } "'" | '"' { byte | escape } '"'
+   Adds the quoted word at *at to argv, and moves *at behind it. The word is decoded in
+   place, for an escape is longer than its byte. Returns NULL, or what is wrong. */
+static const char *take_quoted(struct conn *c, char **at, char *end) {
+    char mark = **at, *start = *at + 1, *from = start, *to = start;
+    while (from < end && *from != mark) {
+        bool is_escape = mark == '"' && *from == '\\';
+        char *next = is_escape ? unescape(from, to) : from + 1;
+        if (!next) return bad_escape;
+        if (!is_escape) *to = *from;
+        from = next;
+        to++;
+    }
+    if (from == end) return bad_quotes;
+    *at = from + 1;
+    if (*at < end && !is_blank(**at)) return bad_quotes;
+    add_word(c, start, (size_t)(to - start));
+    return NULL;
 }
 
-/* Splits a line, which ends at end, into argv. Words are decoded in place: an escape is
-   longer than what it stands for. Returns NULL, or what is wrong with the line. */
-static const char *split_line(struct conn *c, char *from, char *end) {
-    for (;;) {
-        while (from < end && is_blank(*from)) from++;
-        if (from == end || (c->argc == 0 && *from == '#')) return NULL;
-        int mark = *from == '"' || *from == '\'' ? *from++ : 0;
-        char *start = from, *to = from;
-        while (from < end && (mark ? *from != mark : !is_blank(*from))) {
-            if (mark != '"' || *from != '\\') *to++ = *from++;
-            else if (!(from = unescape(from, to++)))
-                return "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH";
+/* Splits a line, which ends at end, into argv; a comment has no words. Returns NULL, or
+   what is wrong with the line. */
+static const char *split_line(struct conn *c, char *at, char *end) {
+    while (!c->closing) {
+        while (at < end && is_blank(*at)) at++;
+        if (at == end || (c->argc == 0 && *at == '#')) return NULL;
+        if (*at == '"' || *at == '\'') {
+            const char *wrong = take_quoted(c, &at, end);
+            if (wrong) return wrong;
+        } else {
+            char *start = at;
+            while (at < end && !is_blank(*at)) at++;
+            add_word(c, start, (size_t)(at - start));
         }
-        if (mark && (from == end || (++from < end && !is_blank(*from))))
-            return "unbalanced quotes: a word that begins with a quote ends with one";
-        const char *wrong = add_word(c, (struct slice){start, (size_t)(to - start)});
-        if (wrong) return wrong;
     }
+    return NULL;
 }
 
-/* RESP is what client libraries speak: an array of strings, *2 $3 GET $1 a, each number
-   and string ended by CRLF. After an error nobody knows where the next request begins. */
-static bool protocol_error(struct conn *c, const char *what) {
-    c->closing = "protocol error";
-    return fail(c, "ERR Protocol error: %s", what);
-}
-
-/* Takes a RESP request off the input, as next_request does. One that has arrived in part
-   is parsed from its beginning each time: at most MAX_WORDS short steps per read. The
-   first step takes the number of words, which may be below 0: none. */
-static bool take_array(struct conn *c) {
-    char *at = c->in.p + c->pos, *end = c->in.p + c->in.len;
-    int64_t words = 0, n = 0, max = c->authed ? MAX_WORDS : OPEN_WORDS;
-    c->start = c->pos;
-    for (int64_t i = -1; i < words; i++) {
-        size_t left = (size_t)(end - at);
-        if (left && *at != (i < 0 ? '*' : '$')) return protocol_error(c, "expected '$'");
-        char *lf = memchr(at, '\n', left);
-        if (!lf && left < 32) return false; /* no number is that long */
-        struct slice num = {at + 1, lf && lf[-1] == '\r' ? (size_t)(lf - at) - 2 : 0};
-        const char *wrong = i < 0 ? "invalid multibulk length" : "invalid bulk length";
-        if (!lf || !parse_int(num, &n) || n > max || (n < 0 && i >= 0))
-            return protocol_error(c, wrong);
-        at = lf + 1;
-        max = c->authed ? opt.max_value : OPEN_BYTES;
-        if (i < 0) words = n;
-        if (i < 0) continue;
-        if (end - at < n + 2) return false;
-        wrong = add_word(c, (struct slice){at, (size_t)n});
-        at += n + 2;
-        if (memcmp(at - 2, "\r\n", 2) != 0) wrong = "expected CRLF after a string";
-        if (wrong) return protocol_error(c, wrong);
-    }
-    c->pos = (size_t)(at - c->in.p);
-    return true;
-}
-
-/* Takes the next request off the input; its words stay valid until the next read. Returns
-   false when it has not arrived in full, or c is closing. True with argc 0: there is
-   nothing to run, for the line was empty, or it was wrong and has been answered. */
-static bool next_request(struct conn *c) {
-    size_t limit = c->authed ? 4 * (size_t)opt.max_value + IO_CHUNK : OPEN_BYTES;
-    size_t n = c->in.len - c->pos;
+/* Takes a line off the input and splits it into argv. */
+static enum outcome take_line(struct conn *c) {
     char *line = c->in.p + c->pos;
-    c->argc = c->bytes = c->words.len = c->words.failed = 0;
-    if (n > 0 && *line == '\xff') c->closing = "interrupted by telnet";
-    if (n == 0 || c->closing) return false;
-    c->resp = c->crlf = *line == '*';
-    if (c->resp) return take_array(c);
-    char *newline = memchr(line + c->scanned, '\n', n - c->scanned);
-    /* Of a line that is too long keep only so much that it stays too long, and the last
-       byte, which may be a CR. */
-    size_t keep = newline || n < limit + 2 ? n : limit + 2;
-    line[keep - 1] = line[n - 1];
-    c->in.len -= n - keep;
-    c->scanned = newline ? 0 : keep;
-    if (!newline) return false;
-    c->pos += (size_t)(newline - line) + 1;
-    c->crlf = newline > line && newline[-1] == '\r';
-    const char *wrong = "a line over 4 x --max-value + 64 KiB is too long";
-    if ((size_t)(newline - line) <= limit + c->crlf)
-        wrong = split_line(c, line, newline - c->crlf);
-    if (wrong) c->argc = fail(c, "ERR %s", wrong); /* 0: what was split is not run */
-    return true;
+    size_t arrived = c->in.len - c->pos;
+    char *newline = memchr(line + c->scanned, '\n', arrived - c->scanned);
+    size_t len = newline ? (size_t)(newline - line) + 1 : arrived;
+    c->crlf = newline && newline > line && newline[-1] == '\r';
+    c->scanned = newline ? 0 : arrived;
+    if (len > c->max_bytes) return refuse_long(c);
+    if (!newline) return INCOMPLETE;
+    c->pos += len;
+    const char *wrong = split_line(c, line, c->crlf ? newline - 1 : newline);
+    if (!wrong) return c->closing ? WRONG : COMPLETE;
+    fail(c, "ERR %s", wrong);
+    c->replies++;
+    return WRONG;
+}
+
+/* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } -------------- */
+
+/* Reads the number of a header, which begins at *at with a type byte, and moves *at
+   behind it. Without a CRLF where a number must have ended the number is wrong. */
+static enum outcome read_header(char **at, char *end, int64_t *n) {
+    enum { LONGEST = 32 };
+    char *digits = *at + 1;
+    char *newline = memchr(*at, '\n', (size_t)(end - *at));
+    if (!newline) return end - *at < LONGEST ? INCOMPLETE : WRONG;
+    if (newline[-1] != '\r') return WRONG;
+    *at = newline + 1;
+    struct slice number = {digits, (size_t)(newline - 1 - digits)};
+    return parse_int(number, n) ? COMPLETE : WRONG;
+}
+
+/* Adds the string at *at to argv, and moves *at behind it. room: so many bytes are left
+   of what a request may have. A length that is too long is refused before its bytes
+   arrive. */
+static enum outcome take_string(struct conn *c, char **at, char *end, int64_t room) {
+    char *start = *at;
+    int64_t len;
+    if (start == end) return INCOMPLETE;
+    if (*start != '$') return refuse(c, "Protocol error: expected '$'");
+    enum outcome header = read_header(at, end, &len);
+    if (header == INCOMPLETE) return INCOMPLETE;
+    if (header == WRONG || len < 0)
+        return refuse(c, "Protocol error: invalid bulk length");
+    if (len > room - (*at - start) - 2) return refuse_long(c); /* 2: for CRLF */
+    char *string = *at;
+    if (end - string < len + 2) return INCOMPLETE;
+    *at = string + len + 2;
+    if (memcmp(string + len, "\r\n", 2) != 0)
+        return refuse(c, "Protocol error: expected CRLF after a string");
+    return add_word(c, string, (size_t)len);
+}
+
+/* Takes an array off the input, its strings as argv. One that has arrived in part is read
+   from its beginning each time: that is at most MAX_WORDS short steps. */
+static enum outcome take_array(struct conn *c) {
+    char *start = c->in.p + c->pos, *end = c->in.p + c->in.len, *at = start;
+    int64_t words;
+    c->crlf = true;
+    enum outcome header = read_header(&at, end, &words);
+    if (header == INCOMPLETE) return INCOMPLETE;
+    if (header == WRONG) return refuse(c, "Protocol error: invalid multibulk length");
+    if (words > (int64_t)c->max_words) return refuse_long(c);
+    for (int64_t i = 0; i < words; i++) {
+        enum outcome string =
+            take_string(c, &at, end, (int64_t)c->max_bytes - (at - start));
+        if (string != COMPLETE) return string;
+    }
+    c->pos += (size_t)(at - start);
+    return COMPLETE;
+}
+
+/* Takes the next request off the input into argv. Returns false when none has arrived in
+   full. The words are valid until more is read. */
+static bool next_request(struct conn *c) {
+    while (!c->closing && c->pos < c->in.len) {
+        char first = c->in.p[c->pos];
+        c->argc = 0;
+        c->resp = first == '*';
+        if (first == '\xff') c->closing = "interrupted by telnet"; /* by Ctrl-C */
+        if (c->closing) return false;
+        enum outcome request = c->resp ? take_array(c) : take_line(c);
+        if (request == INCOMPLETE) return false;
+        if (request == COMPLETE && c->argc > 0) return true;
+    }
+    return false;
 }
 
 /* === 4 Replies ===================================================================== */
-/* Whether s can stand in a reply as it is: nobody takes it for an error, the end of a
-   list or a quoted value; as_word: a request can hold it as it is, too. */
-static bool is_bare(struct slice s, bool as_word) {
-    bool ok = s.len && !strchr(as_word ? "\"('" : "\"( ", *s.p) && s.p[s.len - 1] != ' ';
-    for (size_t i = 0; ok && i < s.len; i++)
-        ok = (unsigned char)s.p[i] >= ' ' + as_word && s.p[i] != 0x7f;
-    return ok;
+
+/* The functions that reply return whether the request has succeeded: fail false, all
+   others true. So a command can end with return reply_...(). */
+
+/* Whether a reply must quote s: bare it could be taken for an error, the end of a list or
+   a quoted value. */
+static bool needs_quotes(struct slice s) {
+    if (s.len == 0 || strchr("\"( ", s.p[0]) || s.p[s.len - 1] == ' ') return true;
+    for (size_t i = 0; i < s.len; i++) {
+        unsigned char b = (unsigned char)s.p[i];
+        if (b < 0x20 || b == 0x7f) return true;
+    }
+    return false;
 }
 
-/* Writes s as a double-quoted word to to, which has room for 4 * s.len + 3 bytes. Returns
-   where it ends. A double quote becomes \x22, which bash's printf %b knows. */
+/* Writes s as a double-quoted word to to, which has room for 4 * s.len + 2 bytes. Returns
+   where it ends. A double quote becomes \x22, which bash's printf %b knows, too. (With
+   sprintf in place of hex it takes fifty times as long, under a shard's lock.) */
 static char *quote(char *to, struct slice s) {
+    static const char hex[] = "0123456789abcdef";
     *to++ = '"';
     for (size_t i = 0; i < s.len; i++) {
         unsigned char b = (unsigned char)s.p[i];
-        const char *hit = memchr(escape_bytes + 1, b, 4);
-        if (hit) to += sprintf(to, "\\%c", escape_names[hit - escape_bytes]);
-        else if (b < 0x20 || b == 0x7f || b == '"') to += sprintf(to, "\\x%02x", b);
-        else *to++ = (char)b;
+        const char *letter = memchr(escape_bytes, b, 4); /* all but the quote */
+        if (letter) {
+            *to++ = '\\';
+            *to++ = escape_letters[letter - escape_bytes];
+        } else if (b < 0x20 || b == 0x7f || b == '"') {
+            *to++ = '\\';
+            *to++ = 'x';
+            *to++ = hex[b / 16];
+            *to++ = hex[b % 16];
+        } else {
+            *to++ = (char)b;
+        }
     }
     *to++ = '"';
     return to;
@@ -457,99 +633,154 @@ static char *quote(char *to, struct slice s) {
 
 /* What an error or the log repeats of a client's word: quoted where needed, and cut. */
 static struct text show(struct slice word) {
+    enum { MAX_SHOWN = 64 };
     struct text out;
     struct slice cut = {word.p, word.len < MAX_SHOWN ? word.len : MAX_SHOWN};
-    if (!is_bare(cut, true)) cut.len = (size_t)(quote(out.text, cut) - out.text);
-    else memcpy(out.text, cut.p, cut.len);
-    strcpy(out.text + cut.len, word.len > MAX_SHOWN ? "..." : "");
+    char *end = out.text;
+    if (needs_quotes(cut) || memchr(cut.p, ' ', cut.len)) end = quote(end, cut);
+    else end = (char *)memcpy(end, cut.p, cut.len) + cut.len;
+    strcpy(end, word.len > cut.len ? "..." : "");
     return out;
 }
 
-/* The bytes of a string. Nobody will write to them. */
-static struct slice str(const char *s) { return (struct slice){(char *)s, strlen(s)}; }
-
-/* A line of a reply, in RESP behind its type. Replies return true, but for errors, so
-   that a command can end with return reply_x(). */
-static bool reply(struct conn *c, const char *type, struct slice s) {
-    const char *first = c->resp ? type : *type == '-' ? "(error) " : "";
-    buf_add(&c->out, first, strlen(first));
+/* A line of a reply: prefix, then bytes. */
+static bool reply_line(struct conn *c, const char *prefix, struct slice s) {
+    buf_add_text(&c->out, prefix);
     buf_add(&c->out, s.p, s.len);
-    buf_add(&c->out, c->crlf ? "\r\n" : "\n", c->crlf ? 2 : 1);
-    return *type != '-';
+    buf_add_text(&c->out, c->crlf ? "\r\n" : "\n");
+    return true;
 }
 
-static bool reply_format(struct conn *c, const char *type, const char *fmt, ...) {
+static bool reply_status(struct conn *c, const char *status) {
+    return reply_line(c, c->resp ? "+" : "", str(status));
+}
+
+/* An error. It begins with a code word, mostly ERR. */
+static bool fail(struct conn *c, const char *fmt, ...) {
     char text[1024];
     va_list args;
     va_start(args, fmt);
     vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    return reply(c, type, str(text));
+    reply_line(c, c->resp ? "-" : "(error) ", str(text));
+    return false;
 }
 
-static bool reply_status(struct conn *c, const char *s) { return reply(c, "+", str(s)); }
-
-#define reply_int(c, n) reply_format(c, ":", "%" PRId64, (int64_t)(n))
-#define reply_nil(c) reply(c, "$-1", str((c)->resp ? "" : "(nil)"))
-
-/* A value: in text bare, or quoted where that could be misread. */
-static bool reply_str(struct conn *c, struct slice s, bool as_word) {
-    if (c->resp) buf_header(&c->out, c->out.len, '$', s.len);
-    if (c->resp || is_bare(s, as_word)) return reply(c, "", s);
-    char *to = buf_reserve(&c->out, 4 * s.len + 3);
-    if (to) c->out.len = (size_t)(quote(to, s) - c->out.p);
-    return reply(c, "", str(""));
+static bool reply_int(struct conn *c, int64_t n) {
+    char text[24];
+    snprintf(text, sizeof text, "%" PRId64, n);
+    return reply_line(c, c->resp ? ":" : "", str(text));
 }
 
-/* Ends a reply of n lines that stands in c->out from start on. */
-static bool reply_list(struct conn *c, size_t start, size_t n, const char *noun) {
-    if (c->resp) buf_header(&c->out, start, '*', n);
-    return c->resp || reply_format(c, "", "(%zu %s%s)", n, noun, n == 1 ? "" : "s");
+static bool reply_nil(struct conn *c) {
+    return reply_line(c, "", str(c->resp ? "$-1" : "(nil)"));
+}
+
+static bool reply_string(struct conn *c, struct slice s, bool quoted) {
+    if (c->resp) buf_add_header(&c->out, '$', s.len);
+    if (c->resp || !quoted) return reply_line(c, "", s);
+    char *to = buf_reserve(&c->out, 4 * s.len + 2);
+    if (to) c->out.len += (size_t)(quote(to, s) - to);
+    return reply_line(c, "", str(""));
+}
+
+static bool reply_value(struct conn *c, struct slice s) {
+    return reply_string(c, s, needs_quotes(s));
+}
+
+/* A value that in text can be sent back as a word. */
+static bool reply_word(struct conn *c, struct slice s) {
+    bool quoted = needs_quotes(s) || s.p[0] == '\'' || memchr(s.p, ' ', s.len);
+    return reply_string(c, s, quoted);
+}
+
+/* A reply of n lines begins with list_start and ends with list_end: RESP has the number
+   before the lines, text behind them. noun is in the singular. */
+static void list_start(struct conn *c, size_t n) {
+    if (c->resp) buf_add_header(&c->out, '*', n);
+}
+
+static bool list_end(struct conn *c, size_t n, const char *noun) {
+    char text[64];
+    snprintf(text, sizeof text, "(%zu %s%s)", n, noun, n == 1 ? "" : "s");
+    return c->resp || reply_line(c, "", str(text));
 }
 
 /* === 5 Hashing ===================================================================== */
-/* Drawn at random: who does not know it cannot choose keys that collide. */
-static uint64_t seed[2];
+
+/* The key of the table's hash is drawn at random: nobody who does not know it can choose
+   keys that collide. The append-only file's checksum is the same hash with zeros. */
+static uint64_t table_key[2];
+static const uint64_t checksum_key[2] = {0, 0};
 
 static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
 
-/* The second half of a round is the first with v[0] and v[2] swapped. */
+/* Eight bytes as a number, the lowest byte first whatever the machine's own order, for
+   the checksum goes into a file. Compilers make one load of it (of a loop they do not). */
+static uint64_t load_word(const unsigned char *p) {
+    uint64_t word = p[0];
+    word |= (uint64_t)p[1] << 8;
+    word |= (uint64_t)p[2] << 16;
+    word |= (uint64_t)p[3] << 24;
+    word |= (uint64_t)p[4] << 32;
+    word |= (uint64_t)p[5] << 40;
+    word |= (uint64_t)p[6] << 48;
+    word |= (uint64_t)p[7] << 56;
+    return word;
+}
+
 static void sip_round(uint64_t v[4]) {
-    for (int i = 0, j = 2; i <= 2; i += 2, j -= 2) {
-        v[i] += v[1];
-        v[j] += v[3];
-        v[1] = rotate(v[1], i ? 17 : 13) ^ v[i];
-        v[3] = rotate(v[3], i ? 21 : 16) ^ v[j];
-        v[i] = rotate(v[i], 32);
-    }
+    v[0] += v[1];
+    v[1] = rotate(v[1], 13) ^ v[0];
+    v[0] = rotate(v[0], 32);
+    v[2] += v[3];
+    v[3] = rotate(v[3], 16) ^ v[2];
+    v[0] += v[3];
+    v[3] = rotate(v[3], 21) ^ v[0];
+    v[2] += v[1];
+    v[1] = rotate(v[1], 17) ^ v[2];
+    v[2] = rotate(v[2], 32);
 }
 
 /* SipHash-1-3 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012): one
-   round per eight bytes and three at the end. Words are loaded in the machine's own byte
-   order; the result never leaves the process. The length is where the last word, which is
-   short or empty, leaves room: in its last byte. */
-static uint64_t hash_bytes(struct slice s) {
-    uint64_t v[4] = {seed[0] ^ 0x736f6d6570736575, seed[1] ^ 0x646f72616e646f6d,
-                     seed[0] ^ 0x6c7967656e657261, seed[1] ^ 0x7465646279746573};
-    for (size_t at = 0; at <= s.len; at += 8) {
-        uint64_t word = (uint64_t)s.len << 56;
-        memcpy(&word, s.p + at, s.len - at < 8 ? s.len - at : 8);
+   round for each eight bytes and three at the end. The last word has the bytes that are
+   left and, as its highest byte, the length. */
+static uint64_t siphash(const uint64_t key[2], struct slice s) {
+    uint64_t v[4] = {
+        key[0] ^ 0x736f6d6570736575,
+        key[1] ^ 0x646f72616e646f6d,
+        key[0] ^ 0x6c7967656e657261,
+        key[1] ^ 0x7465646279746573,
+    };
+    const unsigned char *p = (const unsigned char *)s.p;
+    unsigned char last[8] = {0};
+    for (size_t words = s.len / 8; words > 0; words--) {
+        uint64_t word = load_word(p);
         v[3] ^= word;
         sip_round(v);
         v[0] ^= word;
+        p += 8;
     }
+    if (s.len % 8 > 0) memcpy(last, p, s.len % 8);
+    last[7] = (unsigned char)s.len;
+    v[3] ^= load_word(last);
+    sip_round(v);
+    v[0] ^= load_word(last);
     v[2] ^= 0xff;
     for (int i = 0; i < 3; i++) sip_round(v);
     return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
 /* === 6 The table =================================================================== */
+
 /* A key and its value in one allocation: 24 bytes, the key, the value. Its deadline,
-   which few keys have, stands in the heap at slot; slot 0 is none. */
+   which few keys have, is in the heap of its table. */
 struct entry {
-    struct entry *next;
-    uint32_t hash, klen, vlen, slot;
-    char data[];
+    struct entry *next; /* in its bucket */
+    uint32_t hash;
+    uint32_t key_len, value_len;
+    uint32_t slot; /* its deadline is heap[slot]; 0: it has none */
+    char data[];   /* the key, then the value */
 };
 
 /* A moment to expire, in ms since 1970. */
@@ -557,461 +788,752 @@ struct deadline {
     int64_t when;
     struct entry *entry;
 };
+#define NEVER INT64_MAX
 
-/* Bucket hash * size >> 32 holds a hash, so buckets stand in the order of their hashes: a
-   walk by ascending hash can pause, and a table that doubles meanwhile makes it neither
-   miss an entry nor see one twice. heap[1] expires next, heap[heap_len] is the last, with
-   room for more up to the next power of two. All zero is empty. */
+/* Chained hashing: an entry is in the list that begins at buckets[hash % size]. size is a
+   power of two, or 0 as long as nothing was stored. heap is a binary heap, see section 7.
+   All zero is an empty table. */
 struct table {
     struct entry **buckets;
-    uint64_t size, count, heap_len;
+    size_t size, count;
     struct deadline *heap;
+    size_t heap_len, heap_room;
 };
 
-/* Whoever works on a shard holds its lock: run_on_key takes it for a command; cmd_keys,
-   cmd_flush and expiry_main for themselves. No two shards share a cache line. */
+/* lock guards the rest. A shard begins on a cache line of its own, so that two processors
+   that work on two shards do not slow each other down. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
-    uint64_t appended; /* where its last record ends in the append-only log */
     struct table table;
-} shards[4096]; /* as many as --shards allows; what is not used costs nothing */
+    uint64_t appended; /* the last record about this shard in the append-only file */
+} shards[4096]; /* as many as --shards allows; those that are not used cost no memory */
 
 static void deadline_clear(struct table *t, struct entry *e);
-static void aof_tick(void);
-
-static bool has_expired(const struct table *t, const struct entry *e) {
-    return e->slot && t->heap[e->slot].when <= now_ms();
-}
 
 static struct slice entry_value(struct entry *e) {
-    return (struct slice){e->data + e->klen, e->vlen};
+    return (struct slice){e->data + e->key_len, e->value_len};
+}
+
+/* Makes an entry that is in no table yet. Returns NULL when memory is out. */
+static struct entry *entry_new(uint32_t hash, struct slice key, struct slice value) {
+    struct entry *e = malloc(sizeof *e + key.len + value.len);
+    if (!e) return NULL;
+    e->next = NULL;
+    e->hash = hash;
+    e->key_len = (uint32_t)key.len;
+    e->value_len = (uint32_t)value.len;
+    e->slot = 0;
+    memcpy(e->data, key.p, key.len);
+    memcpy(e->data + key.len, value.p, value.len);
+    return e;
+}
+
+static struct entry **bucket_of(const struct table *t, uint32_t hash) {
+    return &t->buckets[hash & (t->size - 1)];
+}
+
+/* Returns the entry of a key, also one that has expired, or NULL. */
+static struct entry *table_find(const struct table *t, uint32_t hash, struct slice key) {
+    if (t->size == 0) return NULL;
+    for (struct entry *e = *bucket_of(t, hash); e; e = e->next) {
+        if (e->hash != hash || e->key_len != key.len) continue;
+        if (memcmp(e->data, key.p, key.len) == 0) return e;
+    }
+    return NULL;
+}
+
+/* Puts e first into its bucket. */
+static void bucket_push(struct table *t, struct entry *e) {
+    struct entry **bucket = bucket_of(t, e->hash);
+    e->next = *bucket;
+    *bucket = e;
 }
 
 /* Doubles the buckets, or makes the first. Without memory the table stays as it is. */
 static void table_grow(struct table *t) {
-    struct table to = *t;
-    to.size = t->size ? t->size * 2 : 16;
-    to.buckets = calloc(to.size, sizeof *to.buckets);
-    if (!to.buckets) return;
-    for (size_t i = 0; i < t->size; i++)
-        for (struct entry *e, **link; (e = t->buckets[i]); *link = e) {
-            link = &to.buckets[e->hash * to.size >> 32];
-            t->buckets[i] = e->next;
-            e->next = *link;
+    struct table old = *t;
+    size_t size = t->size > 0 ? 2 * t->size : 16;
+    struct entry **buckets = calloc(size, sizeof *buckets);
+    if (!buckets) return;
+    t->buckets = buckets;
+    t->size = size;
+    for (size_t i = 0; i < old.size; i++) {
+        while (old.buckets[i]) {
+            struct entry *e = old.buckets[i];
+            old.buckets[i] = e->next;
+            bucket_push(t, e);
         }
-    free(t->buckets);
-    *t = to;
+    }
+    free(old.buckets);
 }
 
-/* Takes out and frees the entry at *link. The buckets stay: a table never shrinks. */
-static void table_remove(struct table *t, struct entry **link) {
-    struct entry *e = *link;
-    deadline_clear(t, e);
+/* Makes room for one entry more and its deadline. Returns false when memory is out. Where
+   it is out only for more buckets, the chains get longer instead. */
+static bool table_reserve(struct table *t) {
+    if (t->count >= t->size) table_grow(t);
+    if (t->heap_len == t->heap_room) {
+        size_t room = t->heap_room > 0 ? 2 * t->heap_room : 16;
+        /* One more, for heap[0] is not used. */
+        struct deadline *heap = realloc(t->heap, (room + 1) * sizeof *heap);
+        if (!heap) return false;
+        t->heap = heap;
+        t->heap_room = room;
+    }
+    return t->size > 0;
+}
+
+/* Puts in an entry whose key is not there. table_reserve comes first. */
+static void table_insert(struct table *t, struct entry *e) {
+    bucket_push(t, e);
+    t->count++;
+}
+
+/* Takes out an entry and frees it. The buckets stay: a table never shrinks. */
+static void table_remove(struct table *t, struct entry *e) {
+    struct entry **link = bucket_of(t, e->hash);
+    while (*link != e) link = &(*link)->next;
     *link = e->next;
+    deadline_clear(t, e);
     free(e);
     t->count--;
 }
 
-/* Returns a link: *link is the live entry of key, or the NULL at the end of a chain.
-   Returns NULL only when memory is out. What is past its deadline is removed. */
-static struct entry **table_find(struct table *t, uint32_t hash, struct slice key) {
-    if (!t->size) table_grow(t);
-    if (!t->size) return NULL;
-    struct entry **link = &t->buckets[hash * t->size >> 32], *e;
-    while ((e = *link) && (e->hash != hash || e->klen != key.len ||
-                           memcmp(e->data, key.p, key.len) != 0))
-        link = &e->next;
-    if (!e || !has_expired(t, e)) return link;
-    table_remove(t, link);
-    while (*link) link = &(*link)->next;
-    return link;
-}
-
-/* Frees all that t owns. Nobody else may know of it any more. */
-static void table_free(struct table *t) {
-    for (size_t i = 0; i < t->size; i++)
-        for (struct entry *e; (e = t->buckets[i]); free(e)) t->buckets[i] = e->next;
+/* Removes all entries, and frees all that t owns. */
+static void table_clear(struct table *t) {
+    for (size_t i = 0; i < t->size; i++) {
+        while (t->buckets[i]) {
+            struct entry *e = t->buckets[i];
+            t->buckets[i] = e->next;
+            free(e);
+        }
+    }
     free(t->buckets);
     free(t->heap);
+    *t = (struct table){0};
 }
 
 /* === 7 Expiry ====================================================================== */
-/* What may stand for a deadline: the one that an entry has, or none. */
-enum { KEEP = -1, NEVER = -2 };
 
-static void heap_put(struct table *t, size_t i, struct deadline d) {
-    t->heap[i] = d;
-    d.entry->slot = (uint32_t)i;
+/* The deadlines of a table are a binary heap in an array: heap[1] is the next to come,
+   and the children of heap[i], heap[2 * i] and heap[2 * i + 1], are not before it. Each
+   entry knows its slot, so that its deadline can be moved or taken away. (The heap is as
+   in Sedgewick's "Algorithms", which also counts from 1.) */
+
+static void heap_put(struct table *t, size_t slot, struct deadline d) {
+    t->heap[slot] = d;
+    d.entry->slot = (uint32_t)slot;
 }
 
-/* Puts d where it belongs in the heap, from the free place i on: parents that expire
-   later move down, or else children that expire sooner move up. */
-static void heap_sift(struct table *t, size_t i, struct deadline d) {
-    for (; i > 1 && t->heap[i / 2].when > d.when; i /= 2) heap_put(t, i, t->heap[i / 2]);
-    for (size_t child; (child = 2 * i) <= t->heap_len; i = child) {
-        if (child < t->heap_len && t->heap[child + 1].when < t->heap[child].when) child++;
-        if (t->heap[child].when >= d.when) break;
-        heap_put(t, i, t->heap[child]);
+/* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
+   is later, or else further down as long as a child is sooner. */
+static void heap_place(struct table *t, size_t slot, struct deadline d) {
+    while (slot > 1 && t->heap[slot / 2].when > d.when) {
+        heap_put(t, slot, t->heap[slot / 2]);
+        slot /= 2;
     }
-    heap_put(t, i, d);
+    while (2 * slot <= t->heap_len) {
+        size_t child = 2 * slot;
+        bool has_two = child < t->heap_len;
+        if (has_two && t->heap[child + 1].when < t->heap[child].when) child++;
+        if (t->heap[child].when >= d.when) break;
+        heap_put(t, slot, t->heap[child]);
+        slot = child;
+    }
+    heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one: the last one of the heap goes to its place. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its place. */
 static void deadline_clear(struct table *t, struct entry *e) {
-    if (!e->slot) return;
-    if (e->slot <= --t->heap_len) heap_sift(t, e->slot, t->heap[t->heap_len + 1]);
+    if (e->slot == 0) return;
+    struct deadline last = t->heap[t->heap_len];
+    t->heap_len--;
+    if (last.entry != e) heap_place(t, e->slot, last);
     e->slot = 0;
 }
 
-/* The expiry thread: goes round the shards and removes what is past its deadline, up to
-   BATCH entries under one lock; again at once if there may be more, else after TICK. A
-   round that finds nothing looks at one deadline per shard. */
+/* Gives e a deadline, a new one, or with NEVER none. table_reserve comes first. */
+static void deadline_set(struct table *t, struct entry *e, int64_t when) {
+    deadline_clear(t, e);
+    if (when == NEVER) return;
+    t->heap_len++;
+    heap_place(t, t->heap_len, (struct deadline){when, e});
+}
+
+static int64_t deadline_of(const struct table *t, const struct entry *e) {
+    return e->slot > 0 ? t->heap[e->slot].when : NEVER;
+}
+
+static bool has_passed(int64_t when) { return when != NEVER && when <= now_ms(); }
+
+static bool has_expired(const struct table *t, const struct entry *e) {
+    return has_passed(deadline_of(t, e));
+}
+
+/* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
+   get its lock soon. Returns whether there may be more. */
+static bool expire_some(struct shard *s) {
+    enum { MAX_AT_ONCE = 128 };
+    struct table *t = &s->table;
+    int n = 0;
+    pthread_mutex_lock(&s->lock);
+    while (n < MAX_AT_ONCE && t->heap_len > 0 && has_passed(t->heap[1].when)) {
+        table_remove(t, t->heap[1].entry);
+        n++;
+    }
+    pthread_mutex_unlock(&s->lock);
+    return n == MAX_AT_ONCE;
+}
+
+static void aof_tick(void);
+
+/* The expiry thread: goes round the shards again and again. A round that finds nothing
+   looks at one deadline in each shard. */
 static void *expiry_main(void *unused) {
-    int64_t second = 0;
-    for (bool more = false, was = false; !atomic_load(&stopping); was = more) {
-        if (now_ms() / 1000 != second) aof_tick();
-        second = now_ms() / 1000;
-        more = false;
-        for (struct shard *s = shards; s < shards + opt.shards; s++) {
-            struct table *t = &s->table;
-            int n = 0;
-            pthread_mutex_lock(&s->lock);
-            for (; n < BATCH && t->heap_len && has_expired(t, t->heap[1].entry); n++) {
-                struct entry *due = t->heap[1].entry; /* to find it removes it */
-                table_find(t, due->hash, (struct slice){due->data, due->klen});
-            }
-            pthread_mutex_unlock(&s->lock);
-            more |= n == BATCH;
+    int64_t last_tick = 0;
+    while (stopping == SERVING) {
+        int64_t second = monotonic_us() / 1000000;
+        if (opt.aof && second != last_tick) aof_tick();
+        last_tick = second;
+        bool more = false;
+        for (long i = 0; i < opt.shards; i++) {
+            if (expire_some(&shards[i])) more = true;
         }
-        if (was && !more) malloc_trim(0); /* after many, give memory back */
-        /* Even then let others have the lock: with --shards 1 there is only one. */
-        nanosleep(&(struct timespec){0, more ? 1000 : TICK * 1000000L}, NULL);
+        /* Also if there is more let others have the lock: there may be only one shard. */
+        sleep_ms(more ? 1 : 50);
     }
     return unused;
 }
 
 /* === 8 Commands ==================================================================== */
-/* WRITES: changes data. ONE_KEY: works on the key in argv[1]; EACH_KEY: on each word from
-   argv[1] on, and the reply is for how many of them run returned true. */
-enum { WRITES = 1, ONE_KEY = 2, WRITE1 = 3, EACH_KEY = 4, OPEN = 8, ANY = MAX_WORDS };
 
-/* A row says all about a command. min and max count words, the name among them. Where it
-   works on keys, run is called with the key's shard locked and its entry found; it must
-   not block. run replies and returns false after an error; with EACH_KEY it only says yes
-   or no. number tells it from its family. help: what it does, then behind a ';', which
-   HELP alone omits, what it replies; NULL: as the row above. */
+/* KEY: works on the key in argv[1]. WRITES: changes data. OPEN: allowed before AUTH. */
+enum { KEY = 1, WRITES = 2, OPEN = 4, ANY = MAX_WORDS };
+
+/* A row of the table of commands says all about one. The words that a request may have
+   are counted with the name. run replies once, and returns what the reply returned. If
+   the row says KEY, run is called with the key at hand locked and looked up: c->entry, or
+   NULL. It must not block. */
 struct command {
-    const char *name, *args;
-    unsigned min, max, flags;
+    const char *name;
+    const char *args; /* its syntax; NULL: HELP does not know it */
+    size_t min_words, max_words;
+    int flags;
     bool (*run)(struct conn *c);
-    int number;
-    const char *help;
+    const char *what, *replies; /* for HELP */
 };
 
-static bool cmd_help(struct conn *c);
-static uint64_t aof_append(size_t n, const struct slice *words);
+/* --- The store ----------------------------------------------------------------------
 
-/* A command's name as errors write it. */
-static struct text lower(const struct command *cmd) {
+   The order of a change: first allocate what it needs, then append its record to the
+   append-only file's buffer, and only then change the table, which cannot fail. So when
+   memory is out nothing has been changed, here or there. All this is done while the
+   key's shard is locked: the file has the order in which things happened. */
+
+static bool aof_append(const struct slice *words, size_t n, uint64_t *end);
+
+static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
+
+/* Appends what the key at hand is from now on. Returns false when memory is out. */
+static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
+    char ms[24];
+    snprintf(ms, sizeof ms, "%" PRId64, deadline);
+    struct slice record[] = {str("SET"), c->key, value, str("PXAT"), str(ms)};
+    c->logged += c->key.len + value.len;
+    return aof_append(record, deadline == NEVER ? 3 : 5, &c->shard->appended);
+}
+
+/* Removes the key at hand, if it is there. Returns false, having replied, when memory is
+   out, and so do the next two. */
+static bool remove_key(struct conn *c) {
+    struct slice record[] = {str("DEL"), c->key};
+    if (!c->entry) return true;
+    if (!aof_append(record, 2, &c->shard->appended)) return fail_oom(c);
+    table_remove(&c->shard->table, c->entry);
+    c->entry = NULL;
+    return true;
+}
+
+/* Gives the key at hand a value and a deadline, which may be NEVER; one that has passed
+   removes it. */
+static bool store(struct conn *c, struct slice value, int64_t deadline) {
+    struct table *t = &c->shard->table;
+    if (has_passed(deadline)) return remove_key(c);
+    struct entry *e = entry_new(c->hash, c->key, value);
+    if (!e || !table_reserve(t) || !log_set(c, value, deadline)) {
+        free(e);
+        return fail_oom(c);
+    }
+    if (c->entry) table_remove(t, c->entry);
+    table_insert(t, e);
+    deadline_set(t, e, deadline);
+    c->entry = e;
+    return true;
+}
+
+/* Gives the key at hand, which is there, another deadline. */
+static bool move_deadline(struct conn *c, int64_t deadline) {
+    struct table *t = &c->shard->table;
+    if (has_passed(deadline)) return remove_key(c);
+    bool ok = table_reserve(t) && log_set(c, entry_value(c->entry), deadline);
+    if (!ok) return fail_oom(c);
+    deadline_set(t, c->entry, deadline);
+    return true;
+}
+
+/* A reply that looks at a shard may reveal its last record, so it has to wait for it. */
+static void note_seen(struct conn *c, const struct shard *s) {
+    if (c->seen < s->appended) c->seen = s->appended;
+}
+
+/* Makes key the key at hand: locks its shard and looks it up. What has expired is
+   removed, and not found. */
+static void lock_key(struct conn *c, struct slice key) {
+    uint64_t hash = siphash(table_key, key);
+    struct shard *s = &shards[hash >> 32 & (uint64_t)(opt.shards - 1)];
+    pthread_mutex_lock(&s->lock);
+    c->key = key;
+    c->hash = (uint32_t)hash; /* this half says the bucket, the other one the shard */
+    c->shard = s;
+    c->entry = table_find(&s->table, c->hash, key);
+    if (c->entry && has_expired(&s->table, c->entry)) {
+        table_remove(&s->table, c->entry);
+        c->entry = NULL;
+    }
+}
+
+static void unlock_key(struct conn *c) {
+    note_seen(c, c->shard);
+    pthread_mutex_unlock(&c->shard->lock);
+}
+
+static int64_t key_deadline(const struct conn *c) {
+    return c->entry ? deadline_of(&c->shard->table, c->entry) : NEVER;
+}
+
+/* --- Values and counters ------------------------------------------------------------- */
+
+#define NOT_AN_INTEGER "ERR value is not an integer or out of range"
+
+static bool cmd_get(struct conn *c) {
+    if (!c->entry) return reply_nil(c);
+    return reply_value(c, entry_value(c->entry));
+}
+
+/* A command's name as Redis's errors write it. */
+static struct text lower_name(const struct command *cmd) {
     struct text out = {""};
-    for (int i = 0; cmd->name[i]; i++) out.text[i] = (char)tolower(cmd->name[i]);
+    for (size_t i = 0; cmd->name[i]; i++)
+        out.text[i] = (char)tolower((unsigned char)cmd->name[i]);
     return out;
 }
 
-#define NOT_INT "ERR value is not an integer or out of range"
-/* Turns a word into *ms, a deadline in ms since 1970. unit is in ms, and negative if it
-   says a moment rather than a time from now. Replies and returns false if it is not a
-   number, less than min, or out of range. */
-static bool parse_ms(struct conn *c, struct slice s, int unit, int64_t min, int64_t *ms) {
-    int64_t scale = unit < 0 ? -unit : unit, base = unit < 0 ? 0 : now_ms();
-    if (!parse_int(s, ms)) return fail(c, NOT_INT);
-    if (*ms < min || *ms < INT64_MIN / scale || *ms > (INT64_MAX - base) / scale)
-        return fail(c, "ERR invalid expire time in '%s' command", lower(c->cmd).text);
-    *ms = *ms * scale + base < 0 ? 0 : *ms * scale + base; /* negative is KEEP or NEVER */
+/* Turns a word, a number of units of so many ms since base, into a moment in ms since
+   1970. Returns false, having replied, if it is no number, below min, or out of range. */
+static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int64_t base,
+                           int64_t min, int64_t *deadline) {
+    int64_t n;
+    if (!parse_int(word, &n)) return fail(c, NOT_AN_INTEGER);
+    if (n < min || n < INT64_MIN / unit || n > (INT64_MAX - base) / unit)
+        return fail(c, "ERR invalid expire time in '%s' command",
+                    lower_name(c->cmd).text);
+    *deadline = n * unit + base;
+    if (*deadline == NEVER) *deadline = NEVER - 1;
     return true;
 }
 
-/* Stores value under the request's key. when is a deadline in ms since 1970, KEEP for the
-   one it has, or NEVER; one in the past removes the key. All that changes an entry goes
-   through here. Replies and returns false when memory is out. */
-static bool store(struct conn *c, struct slice value, int64_t when) {
-    struct table *t = &c->shard->table;
-    struct entry *e = *c->link;
-    bool fresh = !e;
-    char ms[24];
-    struct slice record[] = {str("SET"), c->key, value, str("PXAT"), {ms, 0}};
-    if (when == KEEP) when = e && e->slot ? t->heap[e->slot].when : NEVER;
-    bool has = when != NEVER;
-    if (has && when <= now_ms()) {
-        record[0] = str("DEL");
-        if (fresh) return true;
-        table_remove(t, c->link);
-        c->shard->appended = aof_append(2, record);
-        return true;
-    }
-    if (has && (t->heap_len & (t->heap_len - 1)) == 0) { /* a power of two, or 0 */
-        /* Room for a deadline first: nothing fails halfway. */
-        struct deadline *heap = realloc(t->heap, (2 * t->heap_len + 2) * sizeof *heap);
-        if (!heap) return fail(c, "OOM out of memory");
-        t->heap = heap;
-    }
-    if (fresh || e->vlen != value.len) /* else value may be the entry's own */
-        e = realloc(e, sizeof *e + c->key.len + value.len);
-    if (!e) return fail(c, "OOM out of memory");
-    if (fresh) {
-        *e = (struct entry){NULL, (uint32_t)c->hash, (uint32_t)c->key.len, 0, 0};
-        memcpy(e->data, c->key.p, c->key.len);
-        t->count++;
-    }
-    *c->link = e;
-    c->wrote += e->vlen = (uint32_t)value.len;
-    memmove(e->data + e->klen, value.p, value.len);
-    if (has) heap_sift(t, e->slot ? e->slot : ++t->heap_len, (struct deadline){when, e});
-    else deadline_clear(t, e);
-    if (has) record[4].len = (size_t)sprintf(ms, "%" PRId64, when);
-    record[2] = entry_value(e);
-    c->shard->appended = aof_append(has ? 5 : 3, record);
-    if (t->count * 4 >= t->size * 5 && t->size < INT32_MAX) table_grow(t);
-    return true;
-}
+/* What may follow SET key value. Each word excludes others, and if it says a time, a
+   number of units of so many ms follows: from now, or AT: from 1970. */
+enum {
+    NX = 1,
+    XX = 2,
+    KEEPTTL = 4,
+    EX = 8,
+    PX = 16,
+    EXAT = 32,
+    PXAT = 64,
+    AT = EXAT | PXAT
+};
+static const struct set_word {
+    const char *name;
+    int flag, excludes;
+    int64_t unit; /* 0: no number follows */
+} set_words[] = {
+    {"NX", NX, XX, 0},
+    {"XX", XX, NX, 0},
+    {"KEEPTTL", KEEPTTL, EX | PX | EXAT | PXAT, 0},
+    {"EX", EX, KEEPTTL | PX | EXAT | PXAT, 1000},
+    {"PX", PX, KEEPTTL | EX | EXAT | PXAT, 1},
+    {"EXAT", EXAT, KEEPTTL | EX | PX | PXAT, 1000},
+    {"PXAT", PXAT, KEEPTTL | EX | PX | EXAT, 1},
+    {NULL, 0, 0, 0},
+};
 
-static bool cmd_get(struct conn *c) {
-    return *c->link ? reply_str(c, entry_value(*c->link), false) : reply_nil(c);
+static bool fail_set(struct conn *c, struct slice word) {
+    if (c->resp) return fail(c, "ERR syntax error");
+    return fail(c, "ERR syntax error at %s; blanks need quotes: %s", show(word).text,
+                "SET greeting \"hello world\"");
 }
-
-/* What may stand behind SET key value: one condition and one word for the time. Those
-   behind KEEPTTL take a number; its unit is as in parse_ms. */
-enum { NX = 1, XX, KEEPTTL, EX, PX, EXAT, PXAT };
-static const char set_word[][8] = {"", "NX", "XX", "KEEPTTL", "EX", "PX", "EXAT", "PXAT"};
-static const int set_units[] = {0, 0, 0, 0, 1000, 1, -1000, -1};
 
 static bool cmd_set(struct conn *c) {
-    int condition = 0, time = 0;
+    const struct set_word *time = NULL;
     struct slice number = {NULL, 0};
+    int flags = 0;
     for (size_t i = 3; i < c->argc; i++) {
-        int w = PXAT;
-        while (w > 0 && !word_is(c->argv[i], set_word[w])) w--;
-        int *at = w < KEEPTTL ? &condition : &time;
-        if (!w || (w > KEEPTTL && i + 1 == c->argc) || (*at && *at != w))
-            return c->resp ? fail(c, "ERR syntax error")
-                           : fail(c, "ERR syntax error at %s; blanks need quotes: %s",
-                                  show(c->argv[i]).text, "SET greeting \"hello world\"");
-        *at = w;
-        if (w > KEEPTTL) number = c->argv[++i];
+        const struct set_word *w = set_words;
+        while (w->name && !word_is(c->argv[i], w->name)) w++;
+        bool lacks_number = w->unit > 0 && i + 1 == c->argc;
+        if (!w->name || (flags & w->excludes) || lacks_number)
+            return fail_set(c, c->argv[i]);
+        flags |= w->flag;
+        if (w->unit == 0) continue;
+        i++;
+        number = c->argv[i];
+        time = w;
     }
-    int64_t when = time ? KEEP : NEVER;
-    if (number.p && !parse_ms(c, number, set_units[time], 1, &when)) return false;
-    if (condition && (condition == NX) == (*c->link != NULL)) return reply_nil(c);
-    return store(c, c->argv[2], when) && reply_status(c, "OK");
+    int64_t deadline = flags & KEEPTTL ? key_deadline(c) : NEVER;
+    int64_t base = flags & AT ? 0 : now_ms();
+    if (time && !parse_deadline(c, number, time->unit, base, 1, &deadline)) return false;
+    if (flags & (c->entry ? NX : XX)) return reply_nil(c);
+    return store(c, c->argv[2], deadline) && reply_status(c, "OK");
 }
 
-/* DEL and EXISTS, for one of their keys. DEL stores what expired in 1970. */
+/* Each key of DEL and of EXISTS is locked for itself. */
 static bool cmd_del(struct conn *c) {
-    return *c->link && (!(c->cmd->flags & WRITES) || store(c, str(""), 0));
-}
-
-/* INCR, DECR, INCRBY, DECRBY: number is the sign. */
-static bool cmd_incr(struct conn *c) {
-    int64_t value = 0, by = 1, sign = c->cmd->number;
-    char text[24];
-    if (c->argc > 2 && !parse_int(c->argv[2], &by)) return fail(c, NOT_INT);
-    if (sign < 0 && by == INT64_MIN) return fail(c, "ERR decrement would overflow");
-    if (*c->link && !parse_int(entry_value(*c->link), &value)) return fail(c, NOT_INT);
-    by *= sign;
-    if (by > 0 ? value > INT64_MAX - by : value < INT64_MIN - by)
-        return fail(c, "ERR increment or decrement would overflow");
-    size_t len = (size_t)snprintf(text, sizeof text, "%" PRId64, value += by);
-    return store(c, (struct slice){text, len}, KEEP) && reply_int(c, value);
-}
-
-/* EXPIRE and its family: number is the unit, as in parse_ms. PERSIST: 0. */
-static bool cmd_expire(struct conn *c) {
-    int64_t when = NEVER, unit = c->cmd->number;
-    if (c->argc > 3) return fail(c, "ERR Unsupported option %s", show(c->argv[3]).text);
-    if (unit && !parse_ms(c, c->argv[2], (int)unit, INT64_MIN, &when)) return false;
-    if (!*c->link || (!unit && !(*c->link)->slot)) return reply_int(c, 0);
-    return store(c, entry_value(*c->link), when) && reply_int(c, 1);
-}
-
-/* TTL, PTTL: number is the unit in ms. Rounded to the nearest unit, as in Redis. */
-static bool cmd_ttl(struct conn *c) {
-    struct entry *e = *c->link;
-    if (!e || !e->slot) return reply_int(c, e ? -1 : -2);
-    int64_t left = c->shard->table.heap[e->slot].when - now_ms(), unit = c->cmd->number;
-    return reply_int(c, left < 0 ? 0 : left / unit + (left % unit * 2 >= unit));
-}
-
-/* Takes the item of a pattern at p: ? [a-z] [^a] \x or a byte that stands for itself.
-   Returns where it ends if byte b matches it, else NULL. Without a ] the end ends [. */
-static const char *glob_item(const char *p, const char *end, unsigned char b) {
-    bool escaped = *p == '\\' && end - p > 1, match = false;
-    if (*p != '[') return p[escaped] == (char)b || *p == '?' ? p + 1 + escaped : NULL;
-    bool negate = end - p > 1 && p[1] == '^';
-    for (p += 1 + negate; p < end && *p != ']'; p++) {
-        escaped = *p == '\\' && end - p > 1;
-        unsigned char low = (unsigned char)*(p += escaped), high = low;
-        if (!escaped && end - p > 2 && p[1] == '-') high = (unsigned char)*(p += 2);
-        match |= low < high ? low <= b && b <= high : high <= b && b <= low;
+    int64_t n = 0;
+    bool ok = true;
+    for (size_t i = 1; i < c->argc && ok; i++) {
+        lock_key(c, c->argv[i]);
+        if (c->entry) n++;
+        ok = remove_key(c);
+        unlock_key(c);
     }
-    return match != negate ? p + (p < end) : NULL;
+    return ok && reply_int(c, n);
 }
 
-/* Whether s matches a glob pattern. After a mismatch only the last star takes one byte
-   more: whatever an earlier one could take, it can take too. So the time is at most the
-   product of both lengths, never exponential. */
+static bool cmd_exists(struct conn *c) {
+    int64_t n = 0;
+    for (size_t i = 1; i < c->argc; i++) {
+        lock_key(c, c->argv[i]);
+        if (c->entry) n++;
+        unlock_key(c);
+    }
+    return reply_int(c, n);
+}
+
+/* Adds to the number that is the key's value. The key keeps its deadline. */
+static bool add_to_value(struct conn *c, int64_t by) {
+    int64_t value = 0;
+    char text[24];
+    if (c->entry && !parse_int(entry_value(c->entry), &value))
+        return fail(c, NOT_AN_INTEGER);
+    bool overflows = by > 0 ? value > INT64_MAX - by : value < INT64_MIN - by;
+    if (overflows) return fail(c, "ERR increment or decrement would overflow");
+    value += by;
+    snprintf(text, sizeof text, "%" PRId64, value);
+    return store(c, str(text), key_deadline(c)) && reply_int(c, value);
+}
+
+static bool cmd_incr(struct conn *c) { return add_to_value(c, 1); }
+static bool cmd_decr(struct conn *c) { return add_to_value(c, -1); }
+
+static bool cmd_incrby(struct conn *c) {
+    int64_t by;
+    if (!parse_int(c->argv[2], &by)) return fail(c, NOT_AN_INTEGER);
+    return add_to_value(c, by);
+}
+
+static bool cmd_decrby(struct conn *c) {
+    int64_t by;
+    if (!parse_int(c->argv[2], &by)) return fail(c, NOT_AN_INTEGER);
+    if (by == INT64_MIN) return fail(c, "ERR decrement would overflow");
+    return add_to_value(c, -by);
+}
+
+/* --- Deadlines ----------------------------------------------------------------------- */
+
+static bool expire(struct conn *c, int64_t unit, int64_t base) {
+    int64_t deadline;
+    if (c->argc > 3) return fail(c, "ERR Unsupported option %s", show(c->argv[3]).text);
+    if (!parse_deadline(c, c->argv[2], unit, base, INT64_MIN, &deadline)) return false;
+    if (!c->entry) return reply_int(c, 0);
+    return move_deadline(c, deadline) && reply_int(c, 1);
+}
+
+static bool cmd_expire(struct conn *c) { return expire(c, 1000, now_ms()); }
+static bool cmd_pexpire(struct conn *c) { return expire(c, 1, now_ms()); }
+static bool cmd_expireat(struct conn *c) { return expire(c, 1000, 0); }
+static bool cmd_pexpireat(struct conn *c) { return expire(c, 1, 0); }
+
+static bool cmd_persist(struct conn *c) {
+    if (key_deadline(c) == NEVER) return reply_int(c, 0);
+    return move_deadline(c, NEVER) && reply_int(c, 1);
+}
+
+/* Replies with the ms that the key has left, in units of so many, rounded as in Redis. */
+static bool reply_ttl(struct conn *c, int64_t unit) {
+    int64_t deadline = key_deadline(c);
+    if (!c->entry) return reply_int(c, -2);
+    if (deadline == NEVER) return reply_int(c, -1);
+    int64_t left = deadline - now_ms();
+    if (left < 0) left = 0; /* it has passed since lock_key looked */
+    return reply_int(c, (left + unit / 2) / unit);
+}
+
+static bool cmd_ttl(struct conn *c) { return reply_ttl(c, 1000); }
+static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
+
+/* --- All keys ------------------------------------------------------------------------ */
+
+/* item = "?" | "\" byte | "[" ["^"] { byte | byte "-" byte | "\" byte } ["]"] | byte
+   Whether byte b matches the item of a pattern at *at, which moves behind it. */
+static bool match_item(const char **at, const char *end, unsigned char b) {
+    const char *p = *at;
+    bool is_class = *p == '[';
+    bool negate = is_class && end - p > 1 && p[1] == '^';
+    bool match = *p == '?';
+    if (is_class) p += negate ? 2 : 1;
+    while (p < end && !(is_class && *p == ']')) {
+        bool escaped = *p == '\\' && end - p > 1;
+        if (escaped) p++;
+        unsigned char low = (unsigned char)*p, high = low;
+        if (is_class && !escaped && end - p > 2 && p[1] == '-') {
+            high = (unsigned char)p[2];
+            p += 2;
+        }
+        if (low <= b && b <= high) match = true;
+        if (high <= b && b <= low) match = true; /* [z-a], as in Redis */
+        p++;
+        if (!is_class) break;
+    }
+    if (is_class && p < end) p++; /* the ] */
+    *at = p;
+    return match != negate;
+}
+
+/* Whether s matches a glob pattern. After a mismatch the last star takes one byte more,
+   and none of the stars before it: whatever they could take, the last one can take, too.
+   So the time is at most the product of both lengths, never exponential. It matches
+   nothing more once the server gives up. */
 static bool glob_match(struct slice pattern, struct slice s) {
-    const char *p = pattern.p, *end = p + pattern.len, *star = NULL, *next;
-    for (size_t i = 0, retry = 0; i < s.len || p < end;) {
-        next = p < end && i < s.len ? glob_item(p, end, (unsigned char)s.p[i]) : NULL;
+    const char *p = pattern.p, *end = p + pattern.len;
+    const char *star = NULL;  /* what is behind the last star */
+    size_t i = 0, star_i = 0; /* where in s that star's bytes end, as of now */
+    while (i < s.len || p < end) {
+        const char *next = p;
         if (p < end && *p == '*') {
-            star = ++p;
-            retry = i;
-        } else if (next) {
+            p++;
+            star = p;
+            star_i = i;
+        } else if (p < end && i < s.len &&
+                   match_item(&next, end, (unsigned char)s.p[i])) {
             p = next;
             i++;
-        } else if (star && retry++ < s.len) {
+        } else if (star && star_i < s.len && stopping != GIVING_UP) {
+            star_i++;
             p = star;
-            i = retry;
-        } else return false;
+            i = star_i;
+        } else {
+            return false;
+        }
     }
     return true;
 }
 
-/* KEYS; with a number DBSIZE, which only counts. Locks a shard for WALK_BUCKETS buckets
-   or IO_CHUNK bytes. Entries are copied up to the end of their keys under the lock,
-   matched and quoted without it. */
+/* Adds the keys of a shard to keys, each behind its length. The shard is locked only
+   while they are copied: to match and quote them takes longer. */
+static void copy_keys(struct conn *c, struct shard *s, struct buf *keys) {
+    const struct table *t = &s->table;
+    pthread_mutex_lock(&s->lock);
+    for (size_t i = 0; i < t->size; i++) {
+        for (const struct entry *e = t->buckets[i]; e; e = e->next) {
+            if (has_expired(t, e)) continue;
+            buf_add(keys, &e->key_len, sizeof e->key_len);
+            buf_add(keys, e->data, e->key_len);
+        }
+    }
+    note_seen(c, s);
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* Takes the key at *at out of what copy_keys has copied. */
+static struct slice next_key(const struct buf *keys, size_t *at) {
+    uint32_t len;
+    memcpy(&len, keys->p + *at, sizeof len);
+    struct slice key = {keys->p + *at + sizeof len, len};
+    *at += sizeof len + len;
+    return key;
+}
+
+/* Once the server gives up, what is left to match does not: the reply is an error. */
 static bool cmd_keys(struct conn *c) {
     struct slice pattern = c->argc > 1 ? c->argv[1] : str("*");
-    struct buf found = {0};
-    struct entry e;
-    bool count = c->cmd->number;
-    size_t n = 0, start = c->out.len;
-    for (struct shard *s = shards; s < shards + opt.shards; s++)
-        for (uint64_t hash = 0; hash <= UINT32_MAX; found.len = 0) {
-            pthread_mutex_lock(&s->lock);
-            const struct table *t = &s->table;
-            if (count) n += t->count;
-            uint64_t i = count ? t->size : hash * t->size >> 32, stop = i + WALK_BUCKETS;
-            for (; i < t->size && i < stop && found.len < IO_CHUNK; i++)
-                for (struct entry *at = t->buckets[i]; at; at = at->next)
-                    if (at->hash >= hash && !has_expired(t, at))
-                        buf_add(&found, at, sizeof e + at->klen);
-            hash = t->size ? (i << 32) / t->size : UINT64_MAX;
-            pthread_mutex_unlock(&s->lock);
-            for (size_t at = 0; at < found.len; at += sizeof e + e.klen) {
-                memcpy(&e, found.p + at, sizeof e);
-                struct slice key = {found.p + at + sizeof e, e.klen};
-                if (glob_match(pattern, key)) n += reply_str(c, key, true);
-            }
+    struct buf keys = {0}, found = {0};
+    size_t n = 0;
+    for (long i = 0; i < opt.shards && stopping != GIVING_UP; i++) {
+        keys.len = 0;
+        copy_keys(c, &shards[i], &keys);
+        for (size_t at = 0; at < keys.len;) {
+            size_t start = at;
+            if (!glob_match(pattern, next_key(&keys, &at))) continue;
+            buf_add(&found, keys.p + start, at - start);
+            n++;
         }
-    c->out.failed |= found.failed;
+    }
+    list_start(c, n);
+    for (size_t at = 0; at < found.len;) reply_word(c, next_key(&found, &at));
+    if (keys.failed || found.failed) c->out.failed = true;
+    free(keys.p);
     free(found.p);
-    c->seen = aof_append(0, NULL); /* the reply may reveal any key */
-    return count ? reply_int(c, (int64_t)n) : reply_list(c, start, n, "key");
+    return list_end(c, n, "key");
 }
 
-/* PING and ECHO. */
-static bool cmd_ping(struct conn *c) {
-    return c->argc > 1 ? reply_str(c, c->argv[1], false) : reply_status(c, "PONG");
-}
-
-/* QUIT; with a number: a browser sends us a form, which may hold commands. */
-static bool cmd_quit(struct conn *c) {
-    c->closing = c->cmd->number ? "it speaks HTTP" : "QUIT";
-    if (!c->cmd->number) return reply_status(c, "OK");
-    say(WARN, "%s speaks HTTP, closed", address_of(c->fd, getpeername).text);
-    return fail(c, "ERR this is not a web server");
-}
-
-/* FLUSHALL, FLUSHDB: all keys go at one moment, under all locks; then memory is freed. */
-static bool cmd_flush(struct conn *c) {
-    if (c->argc > 1) return fail(c, "ERR syntax error");
-    struct table *old = calloc((size_t)opt.shards, sizeof *old);
-    if (!old) return fail(c, "OOM out of memory");
-    for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
-    uint64_t end = c->seen = aof_append(1, (struct slice[]){str("FLUSHALL")});
+static bool cmd_dbsize(struct conn *c) {
+    size_t n = 0;
     for (long i = 0; i < opt.shards; i++) {
-        old[i] = shards[i].table;
-        shards[i].table = (struct table){0};
-        shards[i].appended = end;
+        pthread_mutex_lock(&shards[i].lock);
+        n += shards[i].table.count;
+        note_seen(c, &shards[i]);
         pthread_mutex_unlock(&shards[i].lock);
     }
-    for (long i = 0; i < opt.shards; i++) table_free(&old[i]);
-    free(old);
-    malloc_trim(0);
-    return reply_status(c, "OK");
+    return reply_int(c, (int64_t)n);
 }
 
-/* Reads the first line of --password-file, which nobody else may read. Exits without. */
-static void read_password(void) {
-    struct stat st;
-    FILE *f = fopen(opt.password_file, "r");
-    size_t n = f ? fread(password, 1, sizeof password - 1, f) : 0;
-    size_t end = strcspn(password, "\r\n");
-    const char *wrong = NULL;
-    if (!f || fstat(fileno(f), &st) < 0) wrong = strerror(errno);
-    else if (st.st_mode & 077) wrong = "others may read it: chmod 600 helps";
-    else if (!end || end == sizeof password - 1 || (!password[end] && end < n))
-        wrong = "its first line is empty, too long, or no text";
-    if (wrong) exit(say(USAGE, "--password-file %s: %s", opt.password_file, wrong));
-    password[end] = 0;
-    fclose(f);
+/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. The price: others wait
+   as long as it takes to free what is in the shards, for 10 million keys about a second. */
+static bool cmd_flush(struct conn *c) {
+    struct slice record[] = {str("FLUSHALL")};
+    if (c->argc > 1) return fail(c, "ERR syntax error");
+    for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
+    bool ok = aof_append(record, 1, &c->seen);
+    for (long i = 0; i < opt.shards; i++) {
+        if (ok) table_clear(&shards[i].table);
+        if (ok) shards[i].appended = c->seen;
+        pthread_mutex_unlock(&shards[i].lock);
+    }
+    return ok ? reply_status(c, "OK") : fail_oom(c);
 }
 
-/* Compares all of the word, wherever it differs: the time tells nothing about the
-   password. Closes after ten wrong ones. */
-static bool cmd_auth(struct conn *c) {
-    struct slice word = c->argv[c->argc - 1],
-                 user = c->argc > 2 ? c->argv[1] : str("default");
-    size_t n = strlen(password);
-    if (c->argc > 3) return fail(c, "ERR syntax error");
-    if (!n && c->argc == 2)
-        return fail(c, "ERR AUTH <password> called without any password configured for "
-                       "the default user. Are you sure your configuration is correct?");
-    int bad = user.len != 7 || memcmp(user.p, "default", 7) != 0 || (n && n != word.len);
-    for (size_t i = 0; n && i < word.len; i++) bad |= word.p[i] ^ password[i % n];
-    if (!bad) return c->authed = reply_status(c, "OK");
-    if (++c->tries == 10) c->closing = "ten wrong passwords";
-    return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
+/* --- The connection ------------------------------------------------------------------ */
+
+static bool cmd_ping(struct conn *c) {
+    return c->argc > 1 ? reply_value(c, c->argv[1]) : reply_status(c, "PONG");
 }
+
+static bool cmd_echo(struct conn *c) { return reply_value(c, c->argv[1]); }
 
 static bool cmd_select(struct conn *c) {
     if (!word_is(c->argv[1], "0")) return fail(c, "ERR DB index is out of range");
     return reply_status(c, "OK");
 }
 
-/* The most used first, for a lookup goes from the top. A family stands together. */
+static bool cmd_quit(struct conn *c) {
+    c->closing = "QUIT";
+    return reply_status(c, "OK");
+}
+
+/* POST and Host: come from a web browser that somebody has tricked into talking to kv.
+   What it sends may hold commands, so nothing behind is run. */
+static bool cmd_http(struct conn *c) {
+    static atomic_llong logged;
+    c->closing = "it speaks HTTP";
+    if (is_first_this_second(&logged))
+        say(WARN, "%s speaks HTTP, closed", address_of(c->fd, getpeername).text);
+    return fail(c, "ERR this is not a web server");
+}
+
+/* If the connection went on, the commands inside the transaction would be run one by one
+   while the client believes that none was. */
+static bool cmd_transaction(struct conn *c) {
+    c->closing = "it wants a transaction";
+    return fail(c, "ERR kv has no transactions");
+}
+
+/* The first line of --password-file; empty: nobody needs one. */
+static char password[1024];
+
+/* Takes the same time wherever the word is wrong, so the time tells nothing about the
+   password. */
+static bool is_password(struct slice word) {
+    size_t len = strlen(password);
+    bool ok = word.len == len;
+    for (size_t i = 0; i < word.len; i++)
+        if (word.p[i] != password[i % sizeof password]) ok = false;
+    return ok;
+}
+
+static void set_timeouts(int fd, long seconds);
+
+/* What a client may do from its login on. */
+static void log_in(struct conn *c) {
+    c->authed = true;
+    c->max_bytes = (size_t)opt.max_request;
+    c->max_words = MAX_WORDS;
+    set_timeouts(c->fd, opt.timeout);
+}
+
+/* AUTH password, or AUTH default password. Closes after ten wrong ones. */
+static bool cmd_auth(struct conn *c) {
+    struct slice user = c->argc == 3 ? c->argv[1] : str("default");
+    if (c->argc > 3) return fail(c, "ERR syntax error");
+    if (password[0] == 0 && c->argc == 2)
+        return fail(c,
+                    "ERR AUTH <password> called without any password configured for the "
+                    "default user. Are you sure your configuration is correct?");
+    bool is_user = user.len == 7 && memcmp(user.p, "default", 7) == 0;
+    if (is_user && (password[0] == 0 || is_password(c->argv[c->argc - 1]))) {
+        log_in(c);
+        return reply_status(c, "OK");
+    }
+    c->wrong_passwords++;
+    if (c->wrong_passwords == 10) c->closing = "ten wrong passwords";
+    return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
+}
+
+/* --- The table of commands, and running one ------------------------------------------ */
+
+static bool cmd_help(struct conn *c);
+
+/* The most used first, for a lookup goes from the top. Those without
+   syntax come last. */
 static const struct command commands[] = {
-    {"GET", "key", 2, 2, ONE_KEY, cmd_get, 0, "the value of a key; (nil) if it has none"},
-    {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, WRITE1,
-     cmd_set, 0, "store a value; replies OK, or (nil) if NX finds a key or XX none"},
-    {"PING", "[message]", 1, 2, OPEN, cmd_ping, 0, "PONG, or the message"},
-    {"INCR", "key", 2, 2, WRITE1, cmd_incr, 1, "count; replies the new number, from 0"},
-    {"DECR", "key", 2, 2, WRITE1, cmd_incr, -1, NULL},
-    {"DEL", "key...", 2, ANY, WRITES | EACH_KEY, cmd_del, 0, "remove; replies how many"},
-    {"EXISTS", "key...", 2, ANY, EACH_KEY, cmd_del, 0, "how many of these exist"},
-    {"KEYS", "[pattern]", 1, 2, 0, cmd_keys, 0, "which match * ? [a-z] [^a] \\x"},
-    {"INCRBY", "key n", 3, 3, WRITE1, cmd_incr, 1, "count by n; replies the new number"},
-    {"DECRBY", "key n", 3, 3, WRITE1, cmd_incr, -1, NULL},
-    {"EXPIRE", "key n", 3, ANY, WRITE1, cmd_expire, 1000,
-     "expire in n s, P: ms, AT: at Unix time; replies 1, or 0 if there is no such key"},
-    {"PEXPIRE", "key n", 3, ANY, WRITE1, cmd_expire, 1, NULL},
-    {"EXPIREAT", "key n", 3, ANY, WRITE1, cmd_expire, -1000, NULL},
-    {"PEXPIREAT", "key n", 3, ANY, WRITE1, cmd_expire, -1, NULL},
-    {"TTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1000, "s left, P: ms; -1: no end, -2: no key"},
-    {"PTTL", "key", 2, 2, ONE_KEY, cmd_ttl, 1, NULL},
-    {"PERSIST", "key", 2, 2, WRITE1, cmd_expire, 0, "do not expire; 1, or 0 if no end"},
-    {"DBSIZE", "", 1, 1, 0, cmd_keys, 1, "how many keys there are"},
-    {"FLUSHDB", "", 1, ANY, WRITES, cmd_flush, 0, "remove all keys; replies OK"},
-    {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, 0, NULL},
-    {"ECHO", "message", 2, 2, 0, cmd_ping, 0, "the message"},
-    {"HELP", "[command]", 1, 2, OPEN, cmd_help, 0, "this list, or more on one command"},
-    {"AUTH", "[default] password", 2, ANY, OPEN, cmd_auth, 0, "log in; replies OK"},
-    {"QUIT", "", 1, ANY, OPEN, cmd_quit, 0, "close the connection; replies OK"},
-    {"POST", NULL, 1, ANY, OPEN, cmd_quit, 1, ""},
-    {"Host:", NULL, 1, ANY, OPEN, cmd_quit, 1, ""},
-    {"SELECT", "0", 2, 2, 0, cmd_select, 0, "there is one database; replies OK"},
-    {NULL, NULL, 0, 0, 0, NULL, 0, ""},
+    {"GET", "key", 2, 2, KEY, cmd_get, "the value of a key", "it, or (nil)"},
+    {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, KEY | WRITES,
+     cmd_set, "store a value", "OK, or (nil) if NX finds a key or XX finds none"},
+    {"PING", "[message]", 1, 2, OPEN, cmd_ping, "are you there?", "PONG, or the message"},
+    {"INCR", "key", 2, 2, KEY | WRITES, cmd_incr, "add 1; no key is 0", "the sum"},
+    {"DEL", "key...", 2, ANY, WRITES, cmd_del, "remove keys", "how many there were"},
+    {"DECR", "key", 2, 2, KEY | WRITES, cmd_decr, "subtract 1", "the difference"},
+    {"INCRBY", "key n", 3, 3, KEY | WRITES, cmd_incrby, "add n", "the sum"},
+    {"DECRBY", "key n", 3, 3, KEY | WRITES, cmd_decrby, "subtract n", "the difference"},
+    {"EXISTS", "key...", 2, ANY, 0, cmd_exists, "do keys exist?", "how many do"},
+    {"KEYS", "[pattern]", 1, 2, 0, cmd_keys, "which match * ? [a-z] [^a] \\x", "these"},
+    {"EXPIRE", "key n", 3, ANY, KEY | WRITES, cmd_expire, "remove it in n s", "1, or 0"},
+    {"PEXPIRE", "key n", 3, ANY, KEY | WRITES, cmd_pexpire, "remove it in n ms",
+     "1, or 0"},
+    {"EXPIREAT", "key n", 3, ANY, KEY | WRITES, cmd_expireat, "... n s after 1970 began",
+     "1, or 0"},
+    {"PEXPIREAT", "key n", 3, ANY, KEY | WRITES, cmd_pexpireat,
+     "... n ms after 1970 began", "1, or 0"},
+    {"TTL", "key", 2, 2, KEY, cmd_ttl, "how many s it has left",
+     "it; -1: for ever, -2: no key"},
+    {"PTTL", "key", 2, 2, KEY, cmd_pttl, "how many ms it has left",
+     "it; -1: for ever, -2: no key"},
+    {"PERSIST", "key", 2, 2, KEY | WRITES, cmd_persist, "let it not expire", "1, or 0"},
+    {"DBSIZE", "", 1, 1, 0, cmd_dbsize, "count all keys", "how many there are"},
+    {"FLUSHDB", "", 1, ANY, WRITES, cmd_flush, "remove all keys", "OK"},
+    {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, "remove all keys", "OK"},
+    {"ECHO", "message", 2, 2, 0, cmd_echo, "repeat the message", "the message"},
+    {"HELP", "[command]", 1, 2, OPEN, cmd_help, "this list, or one command", "lines"},
+    {"AUTH", "[default] password", 2, ANY, OPEN, cmd_auth, "log in", "OK"},
+    {"QUIT", "", 1, ANY, OPEN, cmd_quit, "close the connection", "OK"},
+    {"SELECT", "0", 2, 2, 0, cmd_select, "there is one database", "OK"},
+    {"POST", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
+    {"Host:", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
+    {"MULTI", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"WATCH", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"EXEC", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"DISCARD", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {NULL, NULL, 0, 0, 0, NULL, NULL, NULL},
 };
 
 static const struct command *find_command(struct slice word) {
@@ -1020,481 +1542,733 @@ static const struct command *find_command(struct slice word) {
     return NULL;
 }
 
-#define UNKNOWN "ERR unknown command '%s', see HELP"
-/* HELP: a line for each family. HELP command: all that its row says. */
+static bool fail_unknown(struct conn *c, struct slice word) {
+    return fail(c, "ERR unknown command '%s', see HELP", show(word).text);
+}
+
+/* HELP command: what its row says. */
+static bool help_one(struct conn *c, struct slice word) {
+    const struct command *cmd = find_command(word);
+    if (!cmd || !cmd->args) return fail_unknown(c, word);
+    struct text syntax;
+    snprintf(syntax.text, sizeof syntax, "%s %s", cmd->name, cmd->args);
+    list_start(c, 3);
+    reply_status(c, syntax.text);
+    reply_status(c, cmd->what);
+    reply_status(c, cmd->replies);
+    return list_end(c, 3, "line");
+}
+
 static bool cmd_help(struct conn *c) {
-    const struct command *row, *cmd = c->argc > 1 ? find_command(c->argv[1]) : commands;
-    size_t lines = 0, start = c->out.len;
-    if (!cmd || !cmd->args) return fail(c, UNKNOWN, show(c->argv[1]).text);
-    if (c->argc > 1) {
-        for (row = cmd; !row->help;) row--;
-        return reply_format(c, "+", "%s %s", cmd->name, cmd->args) &&
-               reply_status(c, row->help) && reply_list(c, start, 2, "line");
+    if (c->argc > 1) return help_one(c, c->argv[1]);
+    size_t n = 0;
+    while (commands[n].args) n++;
+    list_start(c, n);
+    for (size_t i = 0; i < n; i++) {
+        const struct command *cmd = &commands[i];
+        struct text line;
+        int width = 23 - (int)strlen(cmd->name);
+        snprintf(line.text, sizeof line, "%s %-*s %s", cmd->name, width, cmd->args,
+                 cmd->what);
+        reply_status(c, line.text);
     }
-    while (cmd->args) {
-        char left[128] = "";
-        for (row = cmd; cmd == row || !cmd->help; cmd++)
-            strcat(strcat(left, cmd->name), " ");
-        lines += reply_format(c, "+", "%-40s %.*s", strcat(left, row->args),
-                              (int)strcspn(row->help, ";"), row->help);
-    }
-    return reply_list(c, start, c->resp ? lines : (size_t)(cmd - commands), "command");
+    return list_end(c, n, "command");
 }
 
-/* Runs the command on one key, with the key's shard locked. Returns what run returned.
-   A lookup mostly waits for memory. In a pipeline of RESP the next request often begins
-   as this one does, up to its key, which then is as long: have memory bring its entry. */
-static bool run_on_key(struct conn *c, struct slice key) {
-    c->hash = key.p == c->in.p + c->ahead ? c->ahead_hash : hash_bytes(key);
-    size_t ahead = c->pos + (size_t)(key.p - c->in.p) - c->start; /* the next one's key */
-    if (c->resp && key.p == c->argv[1].p && ahead + key.len <= c->in.len &&
-        memcmp(c->in.p + c->start, c->in.p + c->pos, ahead - c->pos) == 0) {
-        c->ahead = ahead;
-        c->ahead_hash = hash_bytes((struct slice){c->in.p + ahead, key.len});
-        struct shard *other = &shards[c->ahead_hash >> 32 & (uint64_t)(opt.shards - 1)];
-        pthread_mutex_lock(&other->lock);
-        struct entry **b = other->table.buckets;
-        if (b) __builtin_prefetch(b[(uint32_t)c->ahead_hash * other->table.size >> 32]);
-        pthread_mutex_unlock(&other->lock);
-    }
-    struct shard *s = c->shard = &shards[c->hash >> 32 & (uint64_t)(opt.shards - 1)];
-    c->key = key;
-    pthread_mutex_lock(&s->lock);
-    c->link = table_find(&s->table, (uint32_t)c->hash, key);
-    c->out.failed |= !c->link; /* then the connection ends */
-    bool result = c->link && c->cmd->run(c);
-    if (c->seen < s->appended) c->seen = s->appended; /* the reply waits for that */
-    pthread_mutex_unlock(&s->lock);
-    return result;
-}
-
+/* Whether the append-only file cannot be written: then nothing may be changed. */
+static bool aof_is_broken(void);
 #define MISCONF "MISCONF the append-only file cannot be written"
-/* Runs the request in argv and replies. */
+
+/* Runs the request in argv. Returns what the reply returned. */
 static bool run_request(struct conn *c) {
     const struct command *cmd = c->cmd = find_command(c->argv[0]);
-    int64_t n = 0;
-    if (!cmd) return fail(c, UNKNOWN, show(c->argv[0]).text);
-    if (c->argc < cmd->min || c->argc > cmd->max)
+    if (!cmd) return fail_unknown(c, c->argv[0]);
+    if (c->argc < cmd->min_words || c->argc > cmd->max_words)
         return fail(c, "ERR wrong number of arguments for '%s' command: %s %s",
-                    lower(cmd).text, cmd->name, cmd->args);
+                    lower_name(cmd).text, cmd->name, cmd->args);
     if (!c->authed && !(cmd->flags & OPEN))
         return fail(c, "NOAUTH Authentication required.");
-    if (cmd->flags & WRITES && atomic_load(&disk_bad)) return fail(c, MISCONF);
-    c->wrote += cmd->flags & WRITES;
-    if (cmd->flags & ONE_KEY) return run_on_key(c, c->argv[1]);
-    if (!(cmd->flags & EACH_KEY)) return cmd->run(c);
-    for (size_t i = 1; i < c->argc; i++) n += run_on_key(c, c->argv[i]);
-    return reply_int(c, n);
+    bool writes = cmd->flags & WRITES;
+    if (writes && aof_is_broken()) return fail(c, MISCONF);
+    if (writes) c->writes = true;
+    if (!(cmd->flags & KEY)) return cmd->run(c);
+    lock_key(c, c->argv[1]);
+    bool ok = cmd->run(c);
+    unlock_key(c);
+    return ok;
+}
+
+/* Logs a request, its client and its time, but no words that may be a password: those may
+   also follow a command that somebody has mistyped. */
+static void log_request(const struct conn *c, const char *client, int64_t us) {
+    char line[512], *end = line;
+    bool is_auth = c->cmd && c->cmd->run == cmd_auth;
+    bool is_secret = is_auth || !c->authed || (!c->cmd && password[0] != 0);
+    size_t shown = is_secret ? 1 : c->argc;
+    for (size_t i = 0; i < shown && end < line + sizeof line / 3; i++) {
+        *end++ = ' ';
+        end = stpcpy(end, show(c->argv[i]).text);
+    }
+    *end = 0;
+    say(COMMAND, "%s%s (%ld us)", client, line, (long)us);
 }
 
 /* === 9 Connections ================================================================= */
+
+static atomic_long clients; /* connections that count for --max-clients */
+static atomic_long threads; /* of connections, also those that only linger */
+
 static bool aof_commit(uint64_t upto);
 
-/* Sends all replies, once what they reveal is safe in the append-only file; if it cannot
-   be, they go out if none of the requests writes, else all become MISCONF, in the form of
-   the last. Waits for the client, up to --timeout. Sets closing on failure. */
-static void flush(struct conn *c) {
-    if (!aof_commit(c->seen) && c->wrote)
-        for (c->out.len = 0; c->asked > 0; c->asked--)
-            fail(c, MISCONF ", the outcome is unknown");
-    const char *why = c->out.failed ? "out of memory" : NULL; /* no half replies */
-    for (size_t sent = 0; !why && sent < c->out.len;) {
-        ssize_t n = send(c->fd, c->out.p + sent, c->out.len - sent, 0);
-        if (n >= 0) sent += (size_t)n;
-        else if (errno != EINTR) why = errno == EAGAIN ? "timeout" : strerror(errno);
-    }
-    if (why) c->closing = why;
-    c->out.len = c->asked = c->seen = c->wrote = 0;
+/* Replaces all replies by MISCONF, in the form of the last request. */
+static void replace_replies(struct conn *c) {
+    c->out.len = 0;
+    for (size_t i = 0; i < c->replies; i++) fail(c, MISCONF ", the outcome is unknown");
 }
 
-/* Waits for more input, until --timeout if there is one, and reads it behind what there
-   is of a request. Looks without waiting first, for to be woken costs more; where clients
-   are many, a few threads that look keep a processor awake for all. Who goes to sleep
-   gives back what its buffers have grown by. Where the input ends, says so in closing. */
-static void fill(struct conn *c) {
+/* Sends all replies, once what they reveal is safe in the append-only file. If it cannot
+   be written, replies to requests that only read go out all the same. Blocks until the
+   client has taken them, up to --timeout. Sets closing on failure. */
+static void send_replies(struct conn *c) {
+    if (!aof_commit(c->seen) && c->writes) replace_replies(c);
+    if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
+    size_t sent = 0, len = c->out.failed ? 0 : c->out.len;
+    while (sent < len) {
+        ssize_t n = send(c->fd, c->out.p + sent, len - sent, 0);
+        if (n >= 0) {
+            sent += (size_t)n;
+        } else if (errno != EINTR) {
+            c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
+            break;
+        }
+    }
+    c->out.len = c->replies = c->logged = 0;
+    c->writes = false;
+    c->seen = 0;
+}
+
+/* Reads once, behind what there is. Returns what recv does, but is not interrupted. */
+static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
-    bool many = atomic_load(&connected) > FEW_CLIENTS; /* else nobody need count */
-    int looks = many && atomic_fetch_add(&looking, 1) >= LOOKERS ? 1 : LOOKS;
+    ssize_t n;
+    do n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
+    while (n < 0 && errno == EINTR);
+    return n;
+}
+
+/* Looks for input without blocking, and lets other threads run before each look. To be
+   woken costs more than some looks, so a client that soon asks again is answered sooner.
+   That is wrong where others want the processor: then a yield gives a time slice of some
+   ms away. So after a yield of SLOW_US this thread blocks at once for its next PAUSE
+   reads; and with more than FEW_CLIENTS it always does, for there is mostly another one
+   to serve. Returns as recv does. */
+static ssize_t look_for_input(struct conn *c) {
+    enum { FEW_CLIENTS = 256, LOOKS = 20, SLOW_US = 500, PAUSE = 200 };
     ssize_t n = -1;
+    errno = EAGAIN;
+    if (c->blocking_reads > 0) c->blocking_reads--;
+    else if (clients <= FEW_CLIENTS) {
+        for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
+            int64_t start = monotonic_us();
+            sched_yield();
+            bool is_slow = monotonic_us() - start > SLOW_US;
+            n = receive(c, MSG_DONTWAIT);
+            if (is_slow) c->blocking_reads = PAUSE;
+            if (is_slow) break;
+        }
+    }
+    return n;
+}
+
+/* Waits for input, up to --timeout, and reads it behind what there is of a request. Says
+   in closing why no more will come. */
+static void read_more(struct conn *c) {
+    struct buf *in = &c->in;
     in->len -= c->pos;
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
-    c->pos = c->ahead = 0; /* what stood there has moved */
-    for (char *to; (to = buf_reserve(in, 2UL * SMALL_BUF)); looks--) {
-        if (looks > 1) sched_yield(); /* maybe the client is next, and asks */
-        n = recv(c->fd, to, in->cap - in->len, looks > 0 ? MSG_DONTWAIT : 0);
-        if (n >= 0 || (errno != EINTR && (errno != EAGAIN || looks < 1))) break;
-        if (looks > 1) continue;
-        if (many && looks == 1) atomic_fetch_sub(&looking, 1); /* it goes to sleep */
+    c->pos = 0;
+    ssize_t n = -1;
+    if (buf_reserve(in, 2 * SMALL_BUF)) n = look_for_input(c);
+    if (n < 0 && errno == EAGAIN) {
+        buf_slim(&c->out); /* a silent client has small buffers */
         buf_slim(in);
-        buf_slim(&c->words);
-        buf_slim(&c->out);
+        if (buf_reserve(in, 2 * SMALL_BUF)) n = receive(c, 0);
     }
-    if (many && looks > 0) atomic_fetch_sub(&looking, 1); /* it need not sleep */
     if (n > 0) in->len += (size_t)n;
-    else if (n == 0) c->closing = "end of input";
     else if (in->failed) c->closing = "out of memory";
+    else if (n == 0) c->closing = "end of input";
     else c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
     /* Full: more is waiting, so take more at a time. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
-    if (n == 0 && in->len > 0 && !c->resp && !atomic_load(&stopping))
+    bool half_a_line = n == 0 && in->len > 0 && !c->resp;
+    if (half_a_line && stopping == SERVING) {
         fail(c, "ERR the last line has no newline: it may be cut short and is not run");
+        c->replies++;
+    }
 }
 
-/* Closes fd so that the client, if it is there, sees the last replies: it is told, then
-   what it still sends is read for 2 x ms at most: unread input makes TCP forget them. */
+/* Runs all requests that have arrived in full. Sends replies now and then. */
+static void run_requests(struct conn *c, const char *client) {
+    while (stopping != GIVING_UP && next_request(c)) {
+        int64_t start = is_logged(COMMAND) ? monotonic_us() : 0;
+        run_request(c);
+        if (is_logged(COMMAND)) log_request(c, client, monotonic_us() - start);
+        c->replies++;
+        if (c->out.len + c->logged >= IO_CHUNK) send_replies(c);
+    }
+}
+
+/* Closes fd so that the client gets the last replies: it is told, and what it still sends
+   is read, for 2 * ms at most, because unread input makes TCP drop the replies. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
-    int64_t end = ticks() + ms * SECOND / 1000;
-    for (bool go = shutdown(fd, SHUT_WR) == 0; go && poll(&input, 1, ms) > 0;)
-        go = recv(fd, unread, sizeof unread, 0) > 0 && ticks() < end;
+    int64_t end = monotonic_us() + 1000 * ms;
+    bool waits = shutdown(fd, SHUT_WR) == 0;
+    while (waits && poll(&input, 1, ms) > 0)
+        waits = recv(fd, unread, sizeof unread, 0) > 0 && monotonic_us() < end;
     close(fd);
-}
-
-/* Runs the request; -vv logs it, its client and its time, not what may be a password. */
-static void run_logged(struct conn *c, const char *who) {
-    int64_t start = logs(COMMAND) ? ticks() : 0;
-    char line[512], *end = line;
-    run_request(c);
-    size_t shown = !c->authed || !c->cmd || c->cmd->run == cmd_auth ? 1 : c->argc;
-    for (size_t i = 0; start && i < shown && end < line + sizeof line / 3; i++)
-        end = stpcpy(stpcpy(end, " "), show(c->argv[i]).text);
-    if (start) say(COMMAND, "%s%s (%ld us)", who, line, (long)(ticks() - start) / 1000);
 }
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
-    struct conn c = {.fd = (int)(intptr_t)arg, .authed = !*password};
-    struct text client = logs(CLIENT) ? address_of(c.fd, getpeername) : (struct text){""};
+    struct conn c = {.fd = (int)(intptr_t)arg};
+    struct text client = {""};
+    if (is_logged(CLIENT)) client = address_of(c.fd, getpeername);
     say(CLIENT, "%s connected", client.text);
-    while (!c.closing && atomic_load(&stopping) < 2) {
-        fill(&c);
-        for (size_t was = 0; !c.closing && next_request(&c); was = c.out.len) {
-            if (c.argc > 0) run_logged(&c, client.text);
-            c.asked += c.out.len > was;
-            if (c.out.len + c.wrote >= IO_CHUNK) flush(&c);
-        }
-        flush(&c);
+    c.max_bytes = OPEN_MAX_BYTES;
+    c.max_words = OPEN_MAX_WORDS;
+    if (password[0] == 0) log_in(&c);
+    while (!c.closing && stopping != GIVING_UP) {
+        read_more(&c);
+        run_requests(&c, client.text);
+        send_replies(&c);
     }
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
     free(c.in.p);
-    free(c.words.p);
+    free(c.argv);
     free(c.out.p);
-    hang_up(c.fd, LINGER);
-    atomic_fetch_sub(&connected, 1); /* the last thing: main ends the program at 0 */
+    clients--; /* before the client sees the end: the next one may come at once */
+    hang_up(c.fd, 1000);
+    threads--; /* the last thing: main ends the program at 0 */
     return NULL;
 }
 
 /* === 10 Append-only file =========================================================== */
-/* Records gather in memory; one thread at a time writes what has gathered, as a batch,
-   for all that wait. Positions count records. lock guards all but safe, and is taken
-   inside a shard's lock or alone. batch is on its way to the file, and only who has set
-   writing may touch it. */
+
+/* The file is a sequence of batches. A batch is records, each a RESP array, and a line
+   with the checksum of their bytes. The first batch has no records: its line says that
+   the file is kv's.
+
+   Threads append records to gathered while they hold a shard's lock, and write what has
+   gathered before they reply. Records are counted from 1. */
 static struct {
-    pthread_mutex_t lock;
-    pthread_cond_t written;
-    struct buf gathered, batch;
-    uint64_t end, taken; /* where gathered and batch end */
-    bool writing;
-    atomic_uint_fast64_t safe; /* up to here replies may go out */
-} aof = {.lock = PTHREAD_MUTEX_INITIALIZER, .written = PTHREAD_COND_INITIALIZER};
+    int fd; /* -1: there is no file, or it is still being replayed */
 
-/* crc_table[256 * k + b]: what byte b amounts to with k bytes behind it. */
-static uint32_t crc_table[8 * 256];
+    pthread_mutex_t lock; /* guards the next two */
+    struct buf gathered;  /* records, and room for the checksum line behind them */
+    uint64_t end;         /* the last record */
 
-/* CRC-32C (Castagnoli et al., 1993), eight bytes at a time, each with a table of its own
-   (Kounavis and Berry, 2005): 1792 is 256 * 7. The last few go one at a time. */
-static uint32_t crc32c(const char *bytes, size_t n) {
-    const unsigned char *p = (const unsigned char *)bytes, *end = p + n;
-    uint32_t crc = UINT32_MAX, *t = crc_table;
-    for (; end - p >= 8; p += 8)
-        crc = t[1792 + (p[0] ^ (crc & 255))] ^ t[1536 + (p[1] ^ (crc >> 8 & 255))] ^
-              t[1280 + (p[2] ^ (crc >> 16 & 255))] ^ t[1024 + (p[3] ^ crc >> 24)] ^
-              t[768 + p[4]] ^ t[512 + p[5]] ^ t[256 + p[6]] ^ t[p[7]];
-    while (p < end) crc = t[(crc ^ *p++) & 255] ^ crc >> 8;
-    return ~crc;
+    pthread_mutex_t writer; /* guards the next three, and writing */
+    struct buf batch;       /* what is on its way to the file; empty: nothing */
+    size_t written;         /* so many of its bytes are there */
+    uint64_t batch_end;     /* its last record */
+
+    atomic_uint_fast64_t safe; /* replies that reveal records up to this one may go out */
+    atomic_bool broken;        /* the last write has failed */
+} aof = {
+    .fd = -1,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+    .writer = PTHREAD_MUTEX_INITIALIZER,
+};
+
+static bool aof_is_broken(void) { return aof.broken; }
+
+enum { SUM_LINE = 23 }; /* the length of a checksum line */
+
+/* Writes the checksum line of some bytes to to, which has room for a final 0. */
+static void format_sum_line(char *to, struct slice bytes) {
+    snprintf(to, SUM_LINE + 1, "#SUM:%016" PRIx64 "\r\n", siphash(checksum_key, bytes));
 }
 
-/* Appends a record, an array of n words as in RESP; then the lock of the key's shard, or
-   of all, is held, so that the log has the order of what happened. n 0: only tells the
-   end. Returns the log's end, 0 without --aof. */
-static uint64_t aof_append(size_t n, const struct slice *words) {
-    if (aof_fd < 0) return 0;
-    pthread_mutex_lock(&aof.lock);
+/* Appends a record of n words, and sets *end to its number. Called with the lock of the
+   shard that it is about, or all. Returns false when memory is out: nothing is appended
+   then. Without --aof does nothing. */
+static bool aof_append(const struct slice *words, size_t n, uint64_t *end) {
     struct buf *b = &aof.gathered;
-    if (n > 0) buf_header(b, b->len, '*', n);
+    if (aof.fd < 0) return true;
+    pthread_mutex_lock(&aof.lock);
+    size_t old_len = b->len;
+    buf_add_header(b, '*', n);
     for (size_t i = 0; i < n; i++) {
-        buf_header(b, b->len, '$', words[i].len);
+        buf_add_header(b, '$', words[i].len);
         buf_add(b, words[i].p, words[i].len);
-        buf_add(b, "\r\n", 2);
+        buf_add_text(b, "\r\n");
     }
-    /* Memory has what the log will not: nobody has been answered, nobody will be. */
-    if (b->failed) exit(say(ERROR, "out of memory for the append-only file"));
-    uint64_t end = aof.end += n > 0;
+    bool ok = buf_reserve(b, SUM_LINE + 1); /* now, so that it cannot fail later */
+    if (ok) *end = ++aof.end;
+    else *b = (struct buf){b->p, old_len, b->cap, false};
     pthread_mutex_unlock(&aof.lock);
-    return end;
+    return ok;
 }
 
-/* Ends the program where ok is false: errno says why. */
-static void must(bool ok, const char *what) {
-    if (!ok) exit(say(ERROR, "--aof %s: %s: %s", opt.aof, what, strerror(errno)));
+/* Ends the program because a call about the file has failed; errno says why. */
+static void die_of_aof(const char *what) {
+    die(1, "%s: %s: %s", opt.aof, what, strerror(errno));
 }
 
-/* Writes what has gathered, behind it the line with its checksum, and with --fsync always
-   waits for the disk. What is left after a failure goes first the next time. Called with
-   aof.lock, which is released meanwhile. */
-static void write_batch(void) {
+/* Has the disk keep what was written to fd. Returns false on failure. */
+static bool sync_file(int fd) {
+#ifdef F_FULLFSYNC
+    if (fcntl(fd, F_FULLFSYNC) == 0) return true; /* fsync does less on macOS */
+#endif
+    while (fsync(fd) < 0)
+        if (errno != EINTR) return false;
+    return true;
+}
+
+/* Makes what has gathered the next batch. Called with the writer's lock. */
+static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
-    char line[24];
-    bool fresh = b->len == 0, bad = false;
-    aof.writing = true;
-    if (fresh) {
-        *b = aof.gathered;
-        aof.gathered = empty;
-        aof.taken = aof.end;
-    }
+    pthread_mutex_lock(&aof.lock);
+    *b = aof.gathered;
+    aof.batch_end = aof.end;
+    aof.gathered = empty;
     pthread_mutex_unlock(&aof.lock);
-    if (fresh) sprintf(line, "#CRC32C:%08x\r\n", crc32c(b->p, b->len));
-    if (fresh) buf_add(b, line, 18);
-    if (b->failed) exit(say(ERROR, "out of memory for the append-only file"));
-    while (b->len > 0 && !bad) {
-        ssize_t n = write(aof_fd, b->p, b->len);
-        bad = n < 0 && errno != EINTR;
-        if (n > 0) memmove(b->p, b->p + n, b->len -= (size_t)n);
+    aof.written = 0;
+    if (b->len == 0) return;
+    format_sum_line(b->p + b->len, (struct slice){b->p, b->len});
+    b->len += SUM_LINE;
+}
+
+/* Writes the rest of the last batch, if that could not be written, else the next batch.
+   With --fsync always waits for the disk. Called with the writer's lock. Returns false
+   when writing fails; the next call goes on where it stopped. A failed fsync ends the
+   program, for then nothing is known about the file. */
+static bool write_batch(void) {
+    struct buf *b = &aof.batch;
+    if (b->len == 0) take_batch();
+    while (aof.written < b->len) {
+        ssize_t n = write(aof.fd, b->p + aof.written, b->len - aof.written);
+        if (n >= 0) {
+            aof.written += (size_t)n;
+        } else if (errno != EINTR) {
+            if (!aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
+            aof.broken = true;
+            return false;
+        }
     }
-    if (bad != atomic_load(&disk_bad))
-        say(bad ? ERROR : WARN, "%s: %s", opt.aof, bad ? strerror(errno) : "works again");
-    if (!bad && *opt.fsync == 'a') must(fsync(aof_fd) == 0, "fsync");
+    if (fsync_policy == FSYNC_ALWAYS && !sync_file(aof.fd)) die_of_aof("fsync");
+    if (aof.broken) say(WARN, "%s: works again", opt.aof);
+    aof.broken = false;
+    aof.safe = aof.batch_end;
+    b->len = 0;
     if (b->cap > IO_CHUNK) buf_slim(b);
-    pthread_mutex_lock(&aof.lock);
-    atomic_store(&disk_bad, bad);
-    if (!bad) atomic_store(&aof.safe, aof.taken);
-    aof.writing = false;
-    pthread_cond_broadcast(&aof.written);
+    return true;
 }
 
-/* Waits until the log is as safe up to upto as --fsync asks. Group commit: the first who
-   comes writes for all who have come, the others wait for the next turn. Where that takes
-   an fsync, who comes lets others come first. Returns false when writing fails. */
+/* Waits until the record upto is as safe as --fsync asks. Group commit: the first thread
+   that comes writes for all that have come. Those that come meanwhile wait for the lock;
+   the first of them writes for all of them, and the others find it done. Returns false
+   when writing fails. */
 static bool aof_commit(uint64_t upto) {
-    for (int i = 0; i < JOIN && *opt.fsync == 'a' && atomic_load(&aof.safe) < upto; i++)
-        sched_yield();
-    if (atomic_load(&aof.safe) >= upto) return true;
-    pthread_mutex_lock(&aof.lock);
-    while (atomic_load(&aof.safe) < upto && !atomic_load(&disk_bad))
-        if (aof.writing) pthread_cond_wait(&aof.written, &aof.lock);
-        else write_batch();
-    pthread_mutex_unlock(&aof.lock);
-    return atomic_load(&aof.safe) >= upto;
+    if (aof.safe >= upto) return true;
+    if (aof.broken) return false;
+    pthread_mutex_lock(&aof.writer);
+    while (aof.safe < upto && !aof.broken) write_batch();
+    pthread_mutex_unlock(&aof.writer);
+    return aof.safe >= upto;
 }
 
-/* Done each second by the expiry thread, which a slow disk holds up: tries again what
-   could not be written, and with --fsync everysec has the disk keep what was. */
+/* Writes all there is, also after a failure. Returns false if it fails again. */
+static bool aof_write_all(void) {
+    bool ok = true;
+    pthread_mutex_lock(&aof.lock);
+    uint64_t end = aof.end;
+    pthread_mutex_unlock(&aof.lock);
+    pthread_mutex_lock(&aof.writer);
+    while (ok && aof.safe < end) ok = write_batch();
+    pthread_mutex_unlock(&aof.writer);
+    return ok;
+}
+
+/* The expiry thread calls this each second. Tries again what could not be written, and
+   with --fsync everysec has the disk keep what was written since. */
 static void aof_tick(void) {
-    static uint64_t kept;
-    pthread_mutex_lock(&aof.lock);
-    for (int i = 0; i < 2 && !aof.writing && aof.safe < aof.end; i++) write_batch();
-    pthread_mutex_unlock(&aof.lock);
-    uint64_t safe = atomic_load(&aof.safe);
-    if (*opt.fsync == 'e' && safe != kept) must(fsync(aof_fd) == 0, "fsync");
-    kept = safe;
+    static uint64_t synced;
+    aof_write_all();
+    uint64_t safe = aof.safe;
+    if (fsync_policy != FSYNC_EVERYSEC || safe == synced) return;
+    if (!sync_file(aof.fd)) die_of_aof("fsync");
+    synced = safe;
 }
 
-/* Whether a line with a checksum begins at p. */
-static bool is_checksum(const char *p, const char *end) {
-    return end - p >= 18 && !memcmp(p, "#CRC32C:", 8) && !memcmp(p + 16, "\r\n", 2) &&
-           strspn(p + 8, "0123456789abcdef") == 8;
+/* --- At the start: replay ------------------------------------------------------------ */
+
+/* Whether a checksum line begins at p. */
+static bool is_sum_line(const char *p, const char *end) {
+    if (end - p < SUM_LINE || memcmp(p, "#SUM:", 5) != 0) return false;
+    return strspn(p + 5, "0123456789abcdef") == 16 && memcmp(p + 21, "\r\n", 2) == 0;
 }
 
-/* Runs the file, which stands at map, and returns how much of it is good; *sealed: its
-   end is a checksum. start is where a batch begins, last where the last line of checksum
-   form does: what follows that one was cut short by a crash, and is left out. What cannot
-   be run or does not fit its checksum is damage: exits. A file of Redis is one batch. */
-static size_t replay(char *map, size_t size, bool *sealed) {
-    struct conn c = {.in = {map, size, size, 0}, .resp = 1, .authed = 1};
-    const char *wrong = NULL, *p = map, *end = map + size;
-    int64_t next = ticks() + SECOND;
-    size_t start = 0, last = size;
-    if (size < 18 && !memcmp(map, "#CRC32C:00000000\r\n", size)) return 0;
-    while (last > 0 && !is_checksum(map + last, end)) last--;
-    while (p < end && !wrong) {
-        c.argc = c.bytes = c.words.len = c.out.len = 0;
-        *sealed = is_checksum(p, end);
-        if (*sealed && crc32c(map + start, c.pos - start) != strtoul(p + 8, NULL, 16))
-            wrong = "wrong checksum";
-        else if (*sealed) start = c.pos += 18;
-        else if (start > last) break;
-        else if (!take_array(&c) || c.argc == 0 || !run_request(&c))
-            wrong = "half or bad record";
-        if (!wrong) p = map + c.pos;
-        if (c.pos % 251 || ticks() < next) continue; /* look now and then */
-        say(INFO, "%s: %d %% loaded", opt.aof, (int)(100 * c.pos / size));
-        next += SECOND;
+/* Whether no checksum line begins anywhere from start on: then a crash has cut the file
+   short, and no batch behind start was ever whole. */
+static bool is_torn(struct slice file, size_t start) {
+    const char *end = file.p + file.len;
+    for (const char *p = file.p + start; p < end; p++)
+        if (is_sum_line(p, end)) return false;
+    return true;
+}
+
+/* Returns where the checksum line is that ends the batch at start, if that is right; else
+   NULL. */
+static const char *check_batch(struct conn *c, size_t start) {
+    const char *end = c->in.p + c->in.len, *at = c->in.p + start;
+    c->pos = start;
+    while (at < end && !is_sum_line(at, end)) {
+        c->argc = 0;
+        if (*at != '*' || take_array(c) != COMPLETE) return NULL;
+        at = c->in.p + c->pos;
     }
-    if (!wrong && start > 0 && p > map + start) wrong = "half a batch";
-    if (start == 0 && !*sealed) start = (size_t)(p - map);
-    must(!wrong || errno != ENOMEM, "run");
-    struct slice why = {c.out.p, c.out.len};
-    if (wrong)
-        exit(say(ERROR, "%s: %s at byte %zu %s; to cut: truncate -s %zu %s", opt.aof,
-                 wrong, start, c.out.len ? show(why).text : "", start, opt.aof));
-    free(c.words.p);
+    char right[SUM_LINE + 1];
+    format_sum_line(right, (struct slice){c->in.p + start, c->pos - start});
+    return at < end && memcmp(at, right, SUM_LINE) == 0 ? at : NULL;
+}
+
+/* Runs the record at c->pos. What cannot be run ends the program, and so does a signal. */
+static void replay_record(struct conn *c) {
+    size_t at = c->pos;
+    c->argc = c->out.len = 0;
+    bool ok = take_array(c) == COMPLETE && c->argc > 0 && run_request(c);
+    if (!ok || c->out.failed) {
+        struct slice reply = {c->out.p, c->out.len};
+        die(1, "%s: at byte %zu: %s", opt.aof, at,
+            reply.len ? show(reply).text : "no record");
+    }
+    if (stopping == SERVING) return;
+    say(INFO, "stopped before all of %s was loaded", opt.aof);
+    exit(0);
+}
+
+/* Runs the file, which is in memory, batch by batch, each after its checksum was found to
+   be right. Returns how many bytes are good: the rest is torn. Damage ends the program. */
+static size_t replay(struct slice file) {
+    struct conn c = {
+        .in = {file.p, file.len, file.len, false}, .resp = true, .authed = true};
+    c.max_bytes = SIZE_MAX / 2; /* --max-request may have been larger once */
+    c.max_words = MAX_WORDS;
+    int64_t next_report = monotonic_us() + 1000000;
+    size_t good = 0;
+    while (good < file.len) {
+        const char *sum_line = check_batch(&c, good);
+        if (!sum_line && is_torn(file, good)) break;
+        if (!sum_line)
+            die(1,
+                "%s: wrong checksum or record behind byte %zu; to cut that off, and lose "
+                "%zu bytes: truncate -s %zu %s",
+                opt.aof, good, file.len - good, good, opt.aof);
+        size_t end = (size_t)(sum_line - file.p);
+        c.pos = good;
+        while (c.pos < end) replay_record(&c);
+        good = end + SUM_LINE;
+        if (monotonic_us() < next_report) continue;
+        say(INFO, "%s: %.0f %% loaded", opt.aof, 100.0 * (double)good / (double)file.len);
+        next_report += 1000000;
+    }
+    free(c.argv);
     free(c.out.p);
-    return start;
+    return good;
 }
 
-/* Opens, locks and replays the file. */
-static void aof_open(void) {
-    struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+/* Replays the file that is open as fd, and returns how many of its size bytes are good. */
+static size_t replay_file(int fd, size_t size, const char *header) {
+    /* One byte more, for mmap refuses 0. */
+    char *p = mmap(NULL, size + 1, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (p == MAP_FAILED) die_of_aof("read");
+    if (memcmp(p, header, size < SUM_LINE ? size : SUM_LINE) != 0)
+        die(1,
+            "%s is not a file of kv; a file of commands, such as Redis's own without "
+            "preamble, can be sent to kv with nc",
+            opt.aof);
+    size_t good = size < SUM_LINE ? 0 : replay((struct slice){p, size});
+    munmap(p, size + 1);
+    return good;
+}
+
+/* Has the disk keep the file's name. Some file systems cannot: EINVAL. */
+static void sync_directory(void) {
     char *path = strdup(opt.aof);
-    bool sealed = false;
-    long max_value = opt.max_value;
-    int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
-    must(path && fd >= 0, "open");
-    must(fcntl(fd, F_SETLK, &all) == 0, "in use by another kv");
-    size_t size = (size_t)lseek(fd, 0, SEEK_END);
-    char *map = mmap(NULL, size + 1, PROT_READ, MAP_PRIVATE, fd, 0); /* 0 is refused */
-    must(map != MAP_FAILED, "read");
-    for (uint32_t i = 0; i < 8 * 256; i++) {
-        crc_table[i] = i < 256 ? i : crc_table[i - 256];
-        for (int bit = 0; bit < 8; bit++)
-            crc_table[i] = crc_table[i] >> 1 ^ (crc_table[i] & 1 ? 0x82f63b78 : 0);
-    }
-    aof_fd = -2;
-    opt.max_value = 1 << 29; /* it may have been larger when the file was written */
-    size_t good = replay(map, size, &sealed);
-    opt.max_value = max_value;
-    if (good < size)
-        say(WARN, "%s: torn at byte %zu, %zu bytes cut off", opt.aof, good, size - good);
-    must(ftruncate(fd, (off_t)good) == 0, "truncate");
-    if (good == 0 || (good == size && !sealed))
-        must(dprintf(fd, "#CRC32C:%08x\r\n", crc32c(map, good)) > 0, "write");
-    munmap(map, size + 1);
-    aof_fd = fd;
-    int dir = open(dirname(path), O_RDONLY);
-    must(fsync(fd) == 0 && (dir < 0 || fsync(dir) == 0), "fsync");
-    close(dir);
+    int fd = path ? open(dirname(path), O_RDONLY) : -1;
+    if (fd < 0 || (!sync_file(fd) && errno != EINVAL))
+        die_of_aof("fsync of its directory");
+    close(fd);
     free(path);
 }
 
-/* === 11 The server ================================================================= */
-static pthread_attr_t detached; /* of the connections' threads: nobody waits for them */
-
-/* Accepts a client and starts its thread, or turns it away in RESP's form and logs why,
-   once a second; the spare descriptor makes room for that where the system has no other.
-   Returns false when no client is waiting, or after 1 ms if none can be accepted now. */
-static bool accept_client(int listener) {
-    static time_t logged;
-    const struct timeval timeout = {.tv_sec = opt.timeout};
-    pthread_t id;
-    int on = 1, fd = accept(listener, NULL, NULL), error = fd < 0 ? errno : 0;
-    if (error == EAGAIN || error == EINTR || error == ECONNABORTED) return false;
-    if (fd < 0 && close(spare) == 0) fd = accept(listener, NULL, NULL); /* to refuse it */
-    /* Without these options a connection works, only less well. */
-    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    (void)setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
-    (void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
-    if (atomic_fetch_add(&connected, 1) >= opt.max_clients || fd >= max_fds) error = -1;
-    if (!error) error = pthread_create(&id, &detached, conn_main, (void *)(intptr_t)fd);
-    if (!error) return true;
-    atomic_fetch_sub(&connected, 1);
-    if (time(NULL) != logged)
-        say(WARN, "client refused: %s", error < 0 ? "too many clients" : strerror(error));
-    logged = time(NULL);
-    if (dprintf(fd, "-ERR max number of clients reached\r\n") < 0) poll(NULL, 0, 1);
-    hang_up(fd, 0);
-    if (fcntl(spare, F_GETFD) < 0) spare = open("/dev/urandom", O_RDONLY);
-    return fd >= 0;
+/* Opens, locks and replays the file. It may be a new one. */
+static void aof_open(void) {
+    struct flock whole_file = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    char header[SUM_LINE + 1];
+    format_sum_line(header, str(""));
+    int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
+    if (fd < 0) die_of_aof("open");
+    if (fcntl(fd, F_SETLK, &whole_file) < 0) die_of_aof("in use by another kv");
+    off_t size = lseek(fd, 0, SEEK_END);
+    if (size < 0 || (uintmax_t)size >= SIZE_MAX) die_of_aof("read");
+    off_t good = (off_t)replay_file(fd, (size_t)size, header);
+    if (good < size)
+        say(WARN, "%s: torn at byte %jd, %jd bytes cut off", opt.aof, (intmax_t)good,
+            (intmax_t)(size - good));
+    if (ftruncate(fd, good) < 0) die_of_aof("truncate");
+    if (good == 0 && write(fd, header, SUM_LINE) != SUM_LINE) die_of_aof("write");
+    if (!sync_file(fd)) die_of_aof("fsync");
+    sync_directory();
+    aof.fd = fd;
 }
 
-/* Binds the first address that --bind names and that is free. Returns it, or exits. */
+/* Writes and syncs what is left. Returns whether all is safe, in a file that has a name. */
+static bool aof_close(void) {
+    struct stat st;
+    bool ok = aof_write_all();
+    if (!sync_file(aof.fd) || fstat(aof.fd, &st) < 0) die_of_aof("fsync");
+    if (st.st_nlink == 0) say(ERROR, "%s was deleted while kv ran", opt.aof);
+    free(aof.gathered.p);
+    free(aof.batch.p);
+    return ok && st.st_nlink > 0;
+}
+
+/* === 11 The server ================================================================= */
+
+/* Options of a socket may fail, and do where the client is gone already. A connection
+   works without, only less well. */
+static void set_option_of(int fd, int level, int name, int value) {
+    (void)setsockopt(fd, level, name, &value, sizeof value);
+}
+
+/* Sets how long a read and a send may take; 0: for ever. */
+static void set_timeouts(int fd, long seconds) {
+    const struct timeval timeout = {.tv_sec = seconds};
+    (void)setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
+    (void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
+}
+
+static void prepare_connection(int fd) {
+    enum { OPEN_TIMEOUT = 10 }; /* s, before AUTH */
+    bool is_short = opt.timeout > 0 && opt.timeout < OPEN_TIMEOUT;
+    set_timeouts(fd, is_short ? opt.timeout : OPEN_TIMEOUT);
+    fcntl(fd, F_SETFL, 0); /* BSD hands on O_NONBLOCK from the listener */
+    set_option_of(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    set_option_of(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+#ifdef TCP_KEEPIDLE /* else a client that has vanished is found after hours */
+    set_option_of(fd, IPPROTO_TCP, TCP_KEEPIDLE, 240); /* s, then 3 times 20 s */
+    set_option_of(fd, IPPROTO_TCP, TCP_KEEPINTVL, 20);
+    set_option_of(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
+#endif
+}
+
+/* Turns a client away, in RESP's form, and logs why, once a second. */
+static void refuse_client(int fd, const char *why) {
+    static atomic_llong logged;
+    static const char text[] = "-ERR max number of clients reached\r\n";
+    if (is_first_this_second(&logged)) say(WARN, "client refused: %s", why);
+    ssize_t n = send(fd, text, sizeof text - 1, MSG_DONTWAIT);
+    (void)n; /* if it fails, the client sees only the end */
+    hang_up(fd, 0);
+}
+
+/* Accepts a client and starts its thread. Where the system has no descriptor or no memory
+   the client waits. This waits 10 ms then, for poll would return at once. */
+static void accept_client(int listener, const pthread_attr_t *attributes) {
+    static atomic_llong logged;
+    pthread_t id;
+    int fd = accept(listener, NULL, NULL);
+    if (fd < 0) {
+        if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) return;
+        if (is_first_this_second(&logged)) say(WARN, "accept: %s", strerror(errno));
+        sleep_ms(10);
+        return;
+    }
+    if (clients >= opt.max_clients) {
+        refuse_client(fd, "too many clients");
+        return;
+    }
+    prepare_connection(fd);
+    clients++;
+    threads++;
+    int error = pthread_create(&id, attributes, conn_main, (void *)(intptr_t)fd);
+    if (error) {
+        clients--;
+        threads--;
+        refuse_client(fd, strerror(error));
+    }
+}
+
+/* Returns a socket that listens, and does not block, at the first address that --bind
+   names, IPv4 before IPv6. */
 static int listen_on(void) {
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *all, *a;
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *all;
     char port[8];
-    int fd = -1, on = 1;
     snprintf(port, sizeof port, "%ld", opt.port);
     int error = getaddrinfo(opt.bind, port, &hints, &all);
-    if (error) exit(say(USAGE, "--bind %s: %s", opt.bind, gai_strerror(error)));
-    for (a = all; a; a = a->ai_next) {
-        fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
-        if (fd >= 0 && !setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) &&
-            !fcntl(fd, F_SETFL, O_NONBLOCK) && !bind(fd, a->ai_addr, a->ai_addrlen))
-            break;
-        if (fd >= 0) close(fd);
-    }
-    struct text here = a ? address_of(fd, getsockname) : (struct text){"127."};
-    bool local = !strncmp(here.text, "127.", 4) || !strncmp(here.text, "[::1]", 5);
-    if (!local && !opt.insecure && !*password)
-        exit(say(USAGE, "--bind %s needs --password-file or --insecure", opt.bind));
-    if (!a || listen(fd, SOMAXCONN) < 0)
-        exit(say(ERROR, "%s port %s: %s%s", opt.bind, port, strerror(errno),
-                 errno == EADDRINUSE ? "; -p 0 takes any free port" : ""));
+    if (error) die(2, "--bind %s: %s", opt.bind, gai_strerror(error));
+    const struct addrinfo *a = all;
+    while (a && a->ai_family != AF_INET) a = a->ai_next;
+    if (!a) a = all;
+    int fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
+    set_option_of(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    bool bound =
+        fcntl(fd, F_SETFL, O_NONBLOCK) == 0 && bind(fd, a->ai_addr, a->ai_addrlen) == 0;
     freeaddrinfo(all);
+    const char *hint = errno == EADDRINUSE ? "; -p 0 takes any free port" : "";
+    if (!bound) die(1, "%s port %s: %s%s", opt.bind, port, strerror(errno), hint);
+    struct text here = address_of(fd, getsockname);
+    bool local =
+        strncmp(here.text, "127.", 4) == 0 || strncmp(here.text, "[::1]", 5) == 0;
+    if (!local && !opt.insecure && password[0] == 0)
+        die(2, "--bind %s needs --password-file or --insecure", opt.bind);
+    if (listen(fd, SOMAXCONN) < 0) die(1, "listen: %s", strerror(errno));
     return fd;
 }
 
-/* Runs in any thread. The second signal ends it all with status 1: none is number 0. */
-static void on_signal(int number) {
-    if (atomic_fetch_add(&stopping, 1) > 0) _exit(number != 0);
+/* Reads the first line of --password-file into password. Ends the program if that is not
+   possible, or not wise. */
+static void read_password(void) {
+    struct stat st;
+    FILE *f = fopen(opt.password_file, "r");
+    size_t n = f ? fread(password, 1, sizeof password - 1, f) : 0;
+    size_t len = strcspn(password, "\r\n");
+    const char *wrong = NULL;
+    if (!f || fstat(fileno(f), &st) < 0) wrong = strerror(errno);
+    else if (st.st_mode & 022) wrong = "others may write it: chmod 600 helps";
+    else if (strncmp(password, "\xef\xbb\xbf", 3) == 0)
+        wrong = "it has a byte order mark";
+    else if (len == 0 || len == sizeof password - 1 || (len < n && password[len] == 0))
+        wrong = "its first line is empty, too long, or no text";
+    if (wrong) die(2, "--password-file %s: %s", opt.password_file, wrong);
+    if (st.st_mode & 044) say(WARN, "--password-file: others may read it");
+    password[len] = 0;
+    fclose(f);
 }
 
-/* What must be there before the first thread, the seed too: descriptors for --max-clients
-   or as many as we may have. 0 to 2 are taken first, lest a client gets the log. */
-static void prepare(void) {
-    struct rlimit r = {0, 0};
-    getrlimit(RLIMIT_NOFILE, &r);
-    rlim_t want = (rlim_t)opt.max_clients + 32;
-    r.rlim_cur = r.rlim_max < want ? r.rlim_max : want;
-    if (setrlimit(RLIMIT_NOFILE, &r) < 0 || r.rlim_cur < want)
-        say(WARN, "only %ld descriptors for --max-clients", (long)r.rlim_cur);
-    max_fds = (int)r.rlim_cur - 8; /* so that we can always accept, and then refuse */
-    if (pthread_attr_init(&detached) || pthread_attr_setstacksize(&detached, STACK) ||
-        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED))
-        exit(say(ERROR, "cannot set up threads"));
-    while ((spare = open("/dev/urandom", O_RDONLY)) >= 0 && spare < 3) continue;
-    if (spare < 0 || read(spare, seed, sizeof seed) != sizeof seed)
-        exit(say(ERROR, "cannot read /dev/urandom: %s", strerror(errno)));
-    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
+/* Runs in any thread. The first signal asks for the end. One that comes more than half a
+   second later ends the program at once; timeout and make send two at the same time. */
+static void on_signal(int number) {
+    static atomic_llong first;
+    long long now = monotonic_us(), none = 0;
+    (void)number;
+    if (atomic_compare_exchange_strong(&first, &none, now)) stopping = ANSWERING;
+    else if (now - first > 500000) _exit(1);
+}
+
+static void catch_signals(void) {
+    struct sigaction action = {.sa_handler = on_signal}, hangup;
+    signal(SIGPIPE, SIG_IGN); /* so that send fails instead */
+    signal(SIGXFSZ, SIG_IGN); /* so that write does */
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGHUP, NULL, &hangup);
+    if (hangup.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL); /* else: nohup */
+}
+
+/* Allows as many descriptors as --max-clients needs. With fewer some clients wait until
+   others leave. */
+static void reserve_descriptors(void) {
+    struct rlimit limit = {0, 0};
+    getrlimit(RLIMIT_NOFILE, &limit);
+    rlim_t want = (rlim_t)opt.max_clients + 32; /* the log, the file, who lingers, ... */
+    limit.rlim_cur = limit.rlim_max < want ? limit.rlim_max : want;
+    if (setrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur < want)
+        say(WARN, "only %ju descriptors for --max-clients", (uintmax_t)limit.rlim_cur);
+}
+
+/* Draws the key of the table's hash. Before that takes descriptors 0 to 2, if they are
+   free, lest a client gets the log. */
+static void draw_table_key(void) {
+    int fd = open("/dev/urandom", O_RDWR);
+    while (fd >= 0 && fd <= 2) fd = open("/dev/urandom", O_RDWR);
+    if (fd < 0 || read(fd, table_key, sizeof table_key) != sizeof table_key)
+        die(1, "cannot read /dev/urandom: %s", strerror(errno));
+    close(fd);
+}
+
+/* Sets up attributes for the threads of connections. Nobody waits for their end. A stack
+   is small: 64 KiB, or as much as the system asks for. */
+static void prepare_threads(pthread_attr_t *attributes) {
+    long stack = sysconf(_SC_THREAD_STACK_MIN);
+    if (stack < 65536) stack = 65536;
+    if (pthread_attr_init(attributes) != 0 ||
+        pthread_attr_setstacksize(attributes, (size_t)stack) != 0 ||
+        pthread_attr_setdetachstate(attributes, PTHREAD_CREATE_DETACHED) != 0)
+        die(1, "cannot set up threads");
+}
+
+/* Shuts all connections down, in one direction or in both. Any descriptor may be one; for
+   the others this does nothing. */
+static void shut_down_all(int how) {
+    int most = (int)sysconf(_SC_OPEN_MAX);
+    for (int fd = 3; fd < most; fd++) (void)shutdown(fd, how);
+}
+
+static void wait_for_threads(int64_t ms) {
+    int64_t end = monotonic_us() + ms * 1000;
+    while (threads > 0 && monotonic_us() < end) sleep_ms(10);
+}
+
+/* Has the threads of all connections end. After SHUT_RD a thread still reads what has
+   arrived (on Linux), answers it, and then sees the end of the input. A client that goes
+   on sending is served for 2 s. Then nothing more is run, and replies to what was run get
+   half a second. */
+static void stop_connections(void) {
+    shut_down_all(SHUT_RD);
+    wait_for_threads(2000);
+    stopping = GIVING_UP;
+    wait_for_threads(500);
+    shut_down_all(SHUT_RDWR);
+    wait_for_threads(1000);
+}
+
+/* Accepts clients until a signal asks for the end, then those that had connected before. */
+static void accept_clients(int listener) {
+    pthread_attr_t attributes;
+    struct pollfd input = {.fd = listener, .events = POLLIN};
+    prepare_threads(&attributes);
+    while (stopping == SERVING) {
+        /* A signal may come just before poll begins, so poll does not wait long. */
+        if (poll(&input, 1, 50) > 0) accept_client(listener, &attributes);
+    }
+    int64_t end = monotonic_us() + 500000;
+    while (poll(&input, 1, 0) > 0 && monotonic_us() < end)
+        accept_client(listener, &attributes);
+    close(listener);
 }
 
 int main(int argc, char **argv) {
     pthread_t expiry;
     parse_options(argc, argv);
-    if (opt.help || opt.version) return print_help();
-    if (opt.password_file) read_password();
-    prepare();
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN);
-    if (opt.aof) aof_open();
-    sigaction(SIGINT, &(struct sigaction){.sa_handler = on_signal}, NULL);
-    sigaction(SIGTERM, &(struct sigaction){.sa_handler = on_signal}, NULL);
-    struct pollfd listener = {.fd = listen_on(), .events = POLLIN};
-    int error = pthread_create(&expiry, NULL, expiry_main, NULL);
-    if (error) exit(say(ERROR, "cannot start a thread: %s", strerror(error)));
-    say(INFO, "listening on %s", address_of(listener.fd, getsockname).text);
-    while (!atomic_load(&stopping)) /* a signal may come just before poll: hence TICK */
-        if (poll(&listener, 1, TICK) > 0) accept_client(listener.fd);
-    /* Who connected before the signal is served too; a failure counts for 64 of them. */
-    for (int i = 0; i < SOMAXCONN; i += accept_client(listener.fd) ? 1 : 64) continue;
-    close(listener.fd);
-    say(INFO, "stopping with %ld clients", atomic_load(&connected));
-    /* After SHUT_RD a thread still reads what has arrived (on Linux), answers it and then
-       sees the end of the input. Who has not taken the replies in time is dropped. */
-    for (int ms = 0; atomic_load(&connected) > 0 && ms < 2 * STOP_GRACE; ms += 20) {
-        if (ms == STOP_GRACE) atomic_fetch_add(&stopping, 1);
-        for (int fd = 3; ms % STOP_GRACE == 0 && fd < max_fds; fd++)
-            shutdown(fd, ms == 0 ? SHUT_RD : SHUT_RDWR);
-        nanosleep(&(struct timespec){0, 20000000}, NULL);
+    if (opt.help || opt.version) {
+        print_help();
+        return 0;
     }
+    draw_table_key();
+    catch_signals();
+    if (opt.password_file) read_password();
+    reserve_descriptors();
+    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
+#ifdef M_ARENA_MAX
+    mallopt(M_ARENA_MAX, 2);
+#endif
+    if (opt.aof) aof_open();
+    int listener = listen_on();
+    int error = pthread_create(&expiry, NULL, expiry_main, NULL);
+    if (error) die(1, "cannot start a thread: %s", strerror(error));
+    say(INFO, "listening on %s", address_of(listener, getsockname).text);
+    accept_clients(listener);
+    say(INFO, "stopping with %ld clients", (long)clients);
+    stop_connections();
     pthread_join(expiry, NULL);
-    atomic_store(&disk_bad, false); /* one last try */
-    int failed = !aof_commit(aof.end);
-    must(aof_fd < 0 || fsync(aof_fd) == 0, "fsync");
-    if (atomic_load(&connected) > 0) return failed; /* a thread is busy: leave it all */
-    for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
-    free(aof.gathered.p);
-    free(aof.batch.p);
+    bool ok = !opt.aof || aof_close();
+    if (threads > 0) return ok ? 0 : 1; /* they may still use the tables */
+    for (long i = 0; i < opt.shards; i++) table_clear(&shards[i].table);
     say(INFO, "stopped");
-    return failed;
+    return ok ? 0 : 1;
 }
