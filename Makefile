@@ -2,8 +2,9 @@
 
 CC     ?= cc
 CFLAGS ?= -O3 -g
-STRICT  = -std=c11 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
-          -Wstrict-prototypes -Wvla -Werror
+STRICT  = -std=c11 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wpedantic \
+          -Wshadow -Wconversion -Wstrict-prototypes -Wvla -Werror
+STRICT += $(if $(filter Darwin,$(shell uname)),-D_DARWIN_C_SOURCE) # or macOS hides what kv uses
 PORT   ?= 8080
 PREFIX ?= /usr/local
 SUDO    = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
@@ -31,6 +32,19 @@ tsan: kv-tsan ## build ./kv-tsan, with ThreadSanitizer
 	    echo '    KV=./kv-tsan setarch -R ./test.sh'; exit 1; }
 kv-tsan: kv.c
 	$(CC) $(STRICT) -O1 -g -fno-omit-frame-pointer -fsanitize=thread -o $@ kv.c -pthread
+
+# Debian's compilers for 64-bit ARM, 32-bit ARM and a big-endian machine; an emulator runs what
+# they build with the libc of each. And musl in place of glibc, for this machine.
+CROSS = aarch64-linux-gnu arm-linux-gnueabihf s390x-linux-gnu
+
+cross: kv kv-aarch64 kv-arm kv-s390x kv-musl ## build kv for other machines and for musl, try each in short
+	@failed=0; for m in $(CROSS); do \
+	    .ci/smoke qemu-$${m%%-*} -L /usr/$$m ./kv-$${m%%-*} || failed=1; \
+	done; .ci/smoke ./kv-musl || failed=1; exit $$failed
+kv-aarch64 kv-arm kv-s390x: kv-%: kv.c
+	$(filter $*-%,$(CROSS))-gcc $(STRICT) -O3 -g -o $@ kv.c -pthread
+kv-musl: kv.c
+	musl-gcc $(STRICT) -O3 -g -o $@ kv.c -pthread
 
 # FUZZ_SECONDS for each of the three; what one finds stays in doc/fuzz/corpus. A variable that
 # is read before it is set holds a pattern that is no pointer.
@@ -73,20 +87,21 @@ lint: ## check kv.c, the scripts, the references of doc/ and the size budget
 	clang-tidy --quiet --warnings-as-errors='*' --checks='$(TIDY)' kv.c -- $(STRICT)
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 	    --error-exitcode=1 kv.c
-	shellcheck test.sh bench.sh doc/alternatives/collide.sh .ci/run .ci/docrefs .ci/budget
+	shellcheck test.sh bench.sh doc/alternatives/collide.sh .ci/run .ci/docrefs .ci/smoke
 	.ci/docrefs
 	.ci/budget
 
 # apt-get as root, or through sudo; brew on macOS. No service is started.
 deps: ## install what the tests need: bats 1.8 or newer, nc, redis-cli
-	@$(call install,bats netcat-openbsd procps redis-tools,bats-core redis)
+	@$(call install,bats netcat-openbsd procps redis-tools util-linux,bats-core redis)
 	@bats --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 8) }' || \
 	    { echo 'bats 1.8 or newer is needed: npm install -g bats'; exit 1; }
 
-deps-all: deps ## and what make lint, .ci/run and comparisons with Redis need
+deps-all: deps ## and what make lint, make cross, .ci/run and comparisons with Redis need
 	@$(call install,gcc clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
-	    strace redis-server python3-redis gnuplot-nox patch,llvm cppcheck shellcheck cloc)
+	    strace redis-server python3-redis gnuplot-nox patch $(CROSS_DEPS),llvm cppcheck shellcheck cloc)
 	@$(call install,libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev,llvm)
+CROSS_DEPS = qemu-user $(CROSS:%=gcc-%) libc6-dev-arm64-cross libc6-dev-armhf-cross libc6-dev-s390x-cross
 
 # Debian starts the service of a package that it installs, unless a policy says no.
 POLICY  = /usr/sbin/policy-rc.d
@@ -114,4 +129,4 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do \
 	    printf '%-9s %s\n' "$$t" "$$d"; done
 
-.PHONY: all run test deps deps-all asan tsan fuzz coverage lint format install clean help
+.PHONY: all run test deps deps-all asan tsan cross fuzz coverage lint format install clean help
