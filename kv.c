@@ -100,14 +100,12 @@ static struct {
     const char *fsync;
     const char *password_file;
     long insecure, verbose, quiet, help, version; /* how often each was given */
-} opt = {
-    .port = 8080,
-    .bind = "127.0.0.1",
-    .max_clients = 10000,
-    .max_request = 4259840, /* 4 MiB + 64 KiB */
-    .shards = 256,
-    .fsync = "everysec",
-};
+} opt = {.port = 8080,
+         .bind = "127.0.0.1",
+         .max_clients = 10000,
+         .shards = 256,
+         .max_request = 4259840 /* 4 MiB + 64 KiB */,
+         .fsync = "everysec"};
 
 /* What --fsync says. */
 static enum { FSYNC_ALWAYS, FSYNC_EVERYSEC, FSYNC_NO } fsync_policy;
@@ -117,31 +115,26 @@ static const struct option {
     const char *letter, *name;
     const char *value; /* what --help calls its value; "": it is a switch */
     const char *help;
-    const char **text; /* where its value goes, if that is text */
-    long *number;      /* else where its value goes; a switch is counted there */
-    long min, max;     /* of a number */
+    void *to;      /* a long; if max is 0 and there is a value, a const char * */
+    long min, max; /* of a number */
 } options[] = {
-    {"-p", "--port", "N", "8080; 0: any free port", NULL, &opt.port, 0, 65535},
-    {"-b", "--bind", "ADDR", "127.0.0.1; IPv4, IPv6 or a host name", &opt.bind, NULL, 0,
-     0},
-    {"-c", "--max-clients", "N", "10000", NULL, &opt.max_clients, 1, 1000000},
-    {"-t", "--timeout", "SECONDS", "0: never; close when idle", NULL, &opt.timeout, 0,
-     1000000},
-    {"  ", "--max-request", "BYTES", "4259840; the longest request, as it is sent", NULL,
+    {"-p", "--port", "N", "8080; 0: any free port", &opt.port, 0, 65535},
+    {"-b", "--bind", "ADDR", "127.0.0.1; IPv4, IPv6 or a host name", &opt.bind, 0, 0},
+    {"-c", "--max-clients", "N", "10000", &opt.max_clients, 1, 1000000},
+    {"-t", "--timeout", "SECONDS", "0: never; close when idle", &opt.timeout, 0, 1000000},
+    {"  ", "--max-request", "BYTES", "4259840; the longest request, as it is sent",
      &opt.max_request, 1024, 1L << 29},
-    {"-s", "--shards", "N", "256; a power of two", NULL, &opt.shards, 1, 4096},
-    {"-a", "--aof", "FILE", "none; replayed at start, then appended to", &opt.aof, NULL,
-     0, 0},
-    {"  ", "--fsync", "WHEN", "everysec; always, everysec or no", &opt.fsync, NULL, 0, 0},
-    {"-P", "--password-file", "FILE", "none; clients must AUTH", &opt.password_file, NULL,
-     0, 0},
-    {"  ", "--insecure", "", "serve the network openly", NULL, &opt.insecure, 0, 0},
-    {"-v", "--verbose", "", "log connections, -vv every command", NULL, &opt.verbose, 0,
+    {"-s", "--shards", "N", "256; a power of two", &opt.shards, 1, 4096},
+    {"-a", "--aof", "FILE", "none; replayed at start, then appended to", &opt.aof, 0, 0},
+    {"  ", "--fsync", "WHEN", "everysec; always, everysec or no", &opt.fsync, 0, 0},
+    {"-P", "--password-file", "FILE", "none; clients must AUTH", &opt.password_file, 0,
      0},
-    {"-q", "--quiet", "", "log only trouble", NULL, &opt.quiet, 0, 0},
-    {"-h", "--help", "", "print this", NULL, &opt.help, 0, 0},
-    {"-V", "--version", "", "print the version", NULL, &opt.version, 0, 0},
-    {NULL, NULL, NULL, NULL, NULL, NULL, 0, 0},
+    {"  ", "--insecure", "", "serve the network openly", &opt.insecure, 0, 0},
+    {"-v", "--verbose", "", "log connections, -vv every command", &opt.verbose, 0, 0},
+    {"-q", "--quiet", "", "log only trouble", &opt.quiet, 0, 0},
+    {"-h", "--help", "", "print this", &opt.help, 0, 0},
+    {"-V", "--version", "", "print the version", &opt.version, 0, 0},
+    {NULL, NULL, NULL, NULL, NULL, 0, 0},
 };
 
 static int64_t read_clock_us(clockid_t clock) {
@@ -163,8 +156,7 @@ static void sleep_ms(int ms) { nanosleep(&(struct timespec){0, ms * 1000000L}, N
 enum level { ERROR, WARN, INFO, CLIENT, COMMAND };
 
 static bool is_logged(enum level level) {
-    long most = opt.quiet ? WARN : INFO + opt.verbose;
-    return (long)level <= most;
+    return (long)level <= (opt.quiet ? WARN : INFO + opt.verbose);
 }
 
 /* Writes one line to stderr in one call, so that the lines of several threads never mix.
@@ -202,41 +194,37 @@ static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
 /* Whether this is the first call in this second with this *last. For what a stranger can
    cause, lest he fills the log. */
 static bool is_first_this_second(atomic_llong *last) {
-    long long second =
-        1 + monotonic_us() / 1000000; /* never 0, with which *last starts */
+    long long second = 1 + monotonic_us() / 1000000; /* *last starts with 0 */
     return atomic_exchange(last, second) != second;
 }
 
-/* Sets a number or text, from its value. */
-static void set_option(const struct option *o, const char *value) {
-    if (o->text) {
-        *o->text = value;
-        return;
-    }
+static bool is_named(const struct option *o, const char *word) {
+    return strcmp(word, o->letter) == 0 || strcmp(word, o->name) == 0;
+}
+
+static long parse_number(const struct option *o, const char *value) {
     char *end;
-    long number =
-        strtol(value, &end, 10); /* too large: LONG_MAX, which is out of range */
+    long number = strtol(value, &end, 10); /* LONG_MAX where it is too large */
     bool is_number = value[0] >= '0' && value[0] <= '9' && *end == 0;
     if (!is_number || number < o->min || number > o->max)
         die(2, "%s %s is not %ld to %ld", o->name, value, o->min, o->max);
-    *o->number = number;
+    return number;
 }
 
 /* Sets opt and fsync_policy from the command line. What is wrong there ends the program. */
 static void parse_options(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
+        const struct option *o = options;
         bool is_vv = strcmp(argv[i], "-vv") == 0;
         const char *word = is_vv ? "-v" : argv[i];
-        const struct option *o = options;
-        while (o->name && strcmp(word, o->letter) != 0 && strcmp(word, o->name) != 0) o++;
+        while (o->name && !is_named(o, word)) o++;
         if (!o->name) die(2, "%s is no option: see kv --help", word);
-        if (o->value[0] == 0) {
-            *o->number += is_vv ? 2 : 1;
-        } else {
-            i++;
-            if (i == argc) die(2, "%s needs a value", o->name);
-            set_option(o, argv[i]);
-        }
+        bool is_switch = o->value[0] == 0;
+        if (!is_switch) i++;
+        if (i == argc) die(2, "%s needs a value", o->name);
+        if (is_switch) *(long *)o->to += is_vv ? 2 : 1;
+        else if (o->max > 0) *(long *)o->to = parse_number(o, argv[i]);
+        else *(const char **)o->to = argv[i];
     }
     if ((opt.shards & (opt.shards - 1)) != 0)
         die(2, "--shards %ld is not a power of two", opt.shards);
@@ -289,17 +277,12 @@ enum { SMALL_BUF = 512, IO_CHUNK = 65536 };
 static char *buf_reserve(struct buf *b, size_t n) {
     size_t cap = b->cap > 0 ? b->cap : SMALL_BUF;
     while (cap - b->len < n && cap <= SIZE_MAX / 2) cap *= 2;
-    if (cap - b->len < n) b->failed = true;
-    if (b->failed) return NULL;
-    if (cap == b->cap) return b->p + b->len;
-    char *p = realloc(b->p, cap);
-    if (!p) {
-        b->failed = true;
-        return NULL;
-    }
-    b->p = p;
-    b->cap = cap;
-    return p + b->len;
+    char *p = b->p;
+    if (cap - b->len < n || b->failed) p = NULL;
+    else if (cap > b->cap) p = realloc(b->p, cap);
+    if (p) *b = (struct buf){p, b->len, cap, false};
+    else b->failed = true;
+    return p ? p + b->len : NULL;
 }
 
 static void buf_add(struct buf *b, const void *p, size_t n) {
@@ -377,7 +360,10 @@ struct conn {
 static bool fail(struct conn *, const char *, ...) PRINTF_LIKE(2);
 
 /* The bytes of a string. Nobody will write to them. */
-static struct slice str(const char *s) { return (struct slice){(char *)s, strlen(s)}; }
+static struct slice str(const char *s) {
+    struct slice all = {(char *)s, strlen(s)};
+    return all;
+}
 
 static bool is_blank(char c) { return c == ' ' || c == '\t'; }
 
@@ -425,14 +411,13 @@ static enum outcome refuse_long(struct conn *c) {
 static enum outcome add_word(struct conn *c, char *p, size_t len) {
     if (c->argc == c->max_words) return refuse_long(c);
     if (c->argc == c->argv_room) {
-        size_t room = c->argv_room > 0 ? 2 * c->argv_room : 8;
+        size_t room = 2 * c->argv_room + 8;
         struct slice *argv = realloc(c->argv, room * sizeof *argv);
         if (!argv) return refuse(c, "out of memory");
         c->argv = argv;
         c->argv_room = room;
     }
-    c->argv[c->argc] = (struct slice){p, len};
-    c->argc++;
+    c->argv[c->argc++] = (struct slice){p, len};
     return COMPLETE;
 }
 
@@ -457,7 +442,8 @@ static char *unescape(char *from, char *to) {
         *to = escape_bytes[letter - escape_letters];
         return from + 2;
     }
-    if (from[1] != 'x' || !is_hex(from[2]) || !is_hex(from[3])) return NULL;
+    if (from[1] != 'x') return NULL;
+    if (!is_hex(from[2]) || !is_hex(from[3])) return NULL;
     char digits[] = {from[2], from[3], 0};
     *to = (char)strtol(digits, NULL, 16);
     return from + 4;
@@ -558,7 +544,8 @@ static enum outcome take_string(struct conn *c, char **at, char *end, int64_t ro
 /* Takes an array off the input, its strings as argv. One that has arrived in part is read
    from its beginning each time: that is at most MAX_WORDS short steps. */
 static enum outcome take_array(struct conn *c) {
-    char *start = c->in.p + c->pos, *end = c->in.p + c->in.len, *at = start;
+    char *start = c->in.p + c->pos, *end = c->in.p + c->in.len;
+    char *at = start;
     int64_t words;
     c->crlf = true;
     enum outcome header = read_header(&at, end, &words);
@@ -596,9 +583,12 @@ static bool next_request(struct conn *c) {
    others true. So a command can end with return reply_...(). */
 
 /* Whether a reply must quote s: bare it could be taken for an error, the end of a list or
-   a quoted value. */
-static bool needs_quotes(struct slice s) {
-    if (s.len == 0 || strchr("\"( ", s.p[0]) || s.p[s.len - 1] == ' ') return true;
+   a quoted value. as_word: also if a request could not hold it bare. */
+static bool needs_quotes(struct slice s, bool as_word) {
+    if (s.len == 0) return true;
+    char first = s.p[0], last = s.p[s.len - 1];
+    if (first == ' ' || last == ' ' || first == '"' || first == '(') return true;
+    if (as_word && (first == '\'' || memchr(s.p, ' ', s.len))) return true;
     for (size_t i = 0; i < s.len; i++) {
         unsigned char b = (unsigned char)s.p[i];
         if (b < 0x20 || b == 0x7f) return true;
@@ -637,7 +627,7 @@ static struct text show(struct slice word) {
     struct text out;
     struct slice cut = {word.p, word.len < MAX_SHOWN ? word.len : MAX_SHOWN};
     char *end = out.text;
-    if (needs_quotes(cut) || memchr(cut.p, ' ', cut.len)) end = quote(end, cut);
+    if (needs_quotes(cut, true)) end = quote(end, cut);
     else end = (char *)memcpy(end, cut.p, cut.len) + cut.len;
     strcpy(end, word.len > cut.len ? "..." : "");
     return out;
@@ -685,13 +675,12 @@ static bool reply_string(struct conn *c, struct slice s, bool quoted) {
 }
 
 static bool reply_value(struct conn *c, struct slice s) {
-    return reply_string(c, s, needs_quotes(s));
+    return reply_string(c, s, needs_quotes(s, false));
 }
 
 /* A value that in text can be sent back as a word. */
 static bool reply_word(struct conn *c, struct slice s) {
-    bool quoted = needs_quotes(s) || s.p[0] == '\'' || memchr(s.p, ' ', s.len);
-    return reply_string(c, s, quoted);
+    return reply_string(c, s, needs_quotes(s, true));
 }
 
 /* A reply of n lines begins with list_start and ends with list_end: RESP has the number
@@ -1252,7 +1241,7 @@ static bool cmd_decrby(struct conn *c) {
 /* --- Deadlines ----------------------------------------------------------------------- */
 
 static bool expire(struct conn *c, int64_t unit, int64_t base) {
-    int64_t deadline;
+    int64_t deadline = NEVER;
     if (c->argc > 3) return fail(c, "ERR Unsupported option %s", show(c->argv[3]).text);
     if (!parse_deadline(c, c->argv[2], unit, base, INT64_MIN, &deadline)) return false;
     if (!c->entry) return reply_int(c, 0);
@@ -1284,30 +1273,35 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ------------------------------------------------------------------------ */
 
-/* item = "?" | "\" byte | "[" ["^"] { byte | byte "-" byte | "\" byte } ["]"] | byte
-   Whether byte b matches the item of a pattern at *at, which moves behind it. */
-static bool match_item(const char **at, const char *end, unsigned char b) {
-    const char *p = *at;
-    bool is_class = *p == '[';
-    bool negate = is_class && end - p > 1 && p[1] == '^';
-    bool match = *p == '?';
-    if (is_class) p += negate ? 2 : 1;
-    while (p < end && !(is_class && *p == ']')) {
+/* Whether b is in the class at *at, which moves behind it.
+   class = "[" ["^"] { byte | byte "-" byte | "\" byte } ["]"] */
+static bool match_class(const char **at, const char *end, unsigned char b) {
+    const char *p = *at + 1;
+    bool match = false, negate = p < end && *p == '^';
+    if (negate) p++;
+    for (; p < end && *p != ']'; p++) {
         bool escaped = *p == '\\' && end - p > 1;
         if (escaped) p++;
         unsigned char low = (unsigned char)*p, high = low;
-        if (is_class && !escaped && end - p > 2 && p[1] == '-') {
-            high = (unsigned char)p[2];
+        if (!escaped && end - p > 2 && p[1] == '-') {
             p += 2;
+            high = (unsigned char)*p;
         }
         if (low <= b && b <= high) match = true;
         if (high <= b && b <= low) match = true; /* [z-a], as in Redis */
-        p++;
-        if (!is_class) break;
     }
-    if (is_class && p < end) p++; /* the ] */
-    *at = p;
+    *at = p < end ? p + 1 : p;
     return match != negate;
+}
+
+/* Whether byte b matches the item of a pattern at *at, which moves behind it.
+   item = "?" | class | "\" byte | byte */
+static bool match_item(const char **at, const char *end, char b) {
+    if (**at == '[') return match_class(at, end, (unsigned char)b);
+    bool escaped = **at == '\\' && end - *at > 1;
+    const char *p = escaped ? *at + 1 : *at;
+    *at = p + 1;
+    return *p == b || (*p == '?' && !escaped);
 }
 
 /* Whether s matches a glob pattern. After a mismatch the last star takes one byte more,
@@ -1324,8 +1318,7 @@ static bool glob_match(struct slice pattern, struct slice s) {
             p++;
             star = p;
             star_i = i;
-        } else if (p < end && i < s.len &&
-                   match_item(&next, end, (unsigned char)s.p[i])) {
+        } else if (p < end && i < s.len && match_item(&next, end, s.p[i])) {
             p = next;
             i++;
         } else if (star && star_i < s.len && stopping != GIVING_UP) {
@@ -1658,20 +1651,22 @@ static ssize_t receive(struct conn *c, int flags) {
 
 /* Looks for input without blocking, and lets other threads run before each look. To be
    woken costs more than some looks, so a client that soon asks again is answered sooner.
-   That is wrong where others want the processor: then a yield gives a time slice of some
-   ms away. So after a yield of SLOW_US this thread blocks at once for its next PAUSE
-   reads; and with more than FEW_CLIENTS it always does, for there is mostly another one
+   That is wrong where other programs want the processor: a yield then gives them a time
+   slice of some ms. So after a yield that took longer than TURN_US for each client, which
+   is more than the threads of all of them need, this thread blocks at once in its next
+   PAUSE reads. With more than FEW_CLIENTS it always does, for there is mostly another one
    to serve. Returns as recv does. */
 static ssize_t look_for_input(struct conn *c) {
-    enum { FEW_CLIENTS = 256, LOOKS = 20, SLOW_US = 500, PAUSE = 200 };
+    enum { FEW_CLIENTS = 256, LOOKS = 20, TURN_US = 30, BASE_US = 500, PAUSE = 200 };
     ssize_t n = -1;
     errno = EAGAIN;
     if (c->blocking_reads > 0) c->blocking_reads--;
     else if (clients <= FEW_CLIENTS) {
+        int64_t limit = BASE_US + TURN_US * clients;
         for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
             int64_t start = monotonic_us();
             sched_yield();
-            bool is_slow = monotonic_us() - start > SLOW_US;
+            bool is_slow = monotonic_us() - start > limit;
             n = receive(c, MSG_DONTWAIT);
             if (is_slow) c->blocking_reads = PAUSE;
             if (is_slow) break;
@@ -1953,8 +1948,8 @@ static void replay_record(struct conn *c) {
 /* Runs the file, which is in memory, batch by batch, each after its checksum was found to
    be right. Returns how many bytes are good: the rest is torn. Damage ends the program. */
 static size_t replay(struct slice file) {
-    struct conn c = {
-        .in = {file.p, file.len, file.len, false}, .resp = true, .authed = true};
+    struct conn c = {.resp = true, .authed = true};
+    c.in = (struct buf){file.p, file.len, file.len, false};
     c.max_bytes = SIZE_MAX / 2; /* --max-request may have been larger once */
     c.max_words = MAX_WORDS;
     int64_t next_report = monotonic_us() + 1000000;
@@ -2014,7 +2009,8 @@ static void aof_open(void) {
     if (fd < 0) die_of_aof("open");
     if (fcntl(fd, F_SETLK, &whole_file) < 0) die_of_aof("in use by another kv");
     off_t size = lseek(fd, 0, SEEK_END);
-    if (size < 0 || (uintmax_t)size >= SIZE_MAX) die_of_aof("read");
+    if (size < 0) die_of_aof("read");
+    if ((uintmax_t)size >= SIZE_MAX) die(1, "%s is too large for this machine", opt.aof);
     off_t good = (off_t)replay_file(fd, (size_t)size, header);
     if (good < size)
         say(WARN, "%s: torn at byte %jd, %jd bytes cut off", opt.aof, (intmax_t)good,
