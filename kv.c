@@ -1686,24 +1686,24 @@ static ssize_t receive(struct conn *c, int flags) {
 /* Looks for input without blocking, and lets other threads run before each look. To be
    woken costs more than some looks, so a client that soon asks again is answered sooner.
    That is wrong where other programs want the processor: a yield then gives them a time
-   slice of some ms. So after a yield that took longer than TURN_US for each client, which
-   is more than the threads of all of them need, this thread blocks at once in its next
-   PAUSE reads. With more than FEW_CLIENTS it always does, for there is mostly another one
-   to serve. Returns as recv does; -1 and EAGAIN: there is none, or it has not looked. */
+   slice of some ms. So after a yield of SLOW_US, which is more than kv's own threads mostly
+   need and less than a slice, this thread blocks at once in its next PAUSE reads. With more
+   than FEW_CLIENTS it always does, for there is mostly another one to serve. Returns as
+   recv does; -1 and EAGAIN: there is no input, or it has not looked. */
 static ssize_t look_for_input(struct conn *c) {
-    enum { FEW_CLIENTS = 256, LOOKS = 20, TURN_US = 30, BASE_US = 500, PAUSE = 200 };
+    enum { FEW_CLIENTS = 256, LOOKS = 20, SLOW_US = 2500, PAUSE = 200 };
     ssize_t n = -1;
     errno = EAGAIN;
     if (c->blocking_reads > 0) c->blocking_reads--;
     else if (clients <= FEW_CLIENTS) {
-        int64_t limit = BASE_US + TURN_US * clients;
         for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
             int64_t start = monotonic_us();
             sched_yield();
-            bool is_slow = monotonic_us() - start > limit;
+            bool is_slow = monotonic_us() - start > SLOW_US;
             n = receive(c, MSG_DONTWAIT);
-            if (is_slow) c->blocking_reads = PAUSE;
-            if (is_slow) break;
+            if (!is_slow) continue;
+            c->blocking_reads = PAUSE;
+            break;
         }
     }
     return n;
@@ -2304,7 +2304,9 @@ int main(int argc, char **argv) {
     catch_signals();
     if (opt.password_file) read_password();
     reserve_descriptors();
-    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
+    for (long i = 0; i < opt.shards; i++) {
+        pthread_mutex_init(&shards[i].lock, NULL);
+    }
 #ifdef M_ARENA_MAX
     mallopt(M_ARENA_MAX, 2); /* or memory that one thread frees is of no use to others */
 #endif
