@@ -325,8 +325,7 @@ quickly() { trap - DEBUG && "$@"; }
     refuses 2 '--por.*kv --help' --por 0
     refuses 2 '--max-value.*kv --help' -p 0 --max-value 1000000
     refuses 2 'extra.*kv --help' -p 0 extra
-    refuses 2 'kv --help' -
-    refuses 2 'kv --help' ''
+    for none in - -- '' ' ' '  ' 'p 0'; do refuses 2 'kv --help' -p 0 "$none"; done
 }
 
 @test "an option without its value ends with status 2 and says that it needs one" {
@@ -505,16 +504,18 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
 @test "what a stranger can cause is logged at most once a second, also with -q" {
     for start in start_kv start_quiet_kv; do
         for request in 'Host: x' 'POST / HTTP/1.1' PING; do
-            "$start" -c 1
+            "$start" -c 10
+            # Who asks for PING is refused, for others are there.
             wait_until clients_are 0
-            # Who asks for PING is refused, for somebody else is there.
-            if [[ $request = PING ]]; then connect && answers "$c" PING PONG; fi
+            if [[ $request = PING ]]; then for i in {1..10}; do connect && answers "$c" PING PONG; done; fi
             begin=$(now_ms)
             (quickly strangers 1000 "$request")
             most=$((($(now_ms) - begin) / 1000 + 2)) logged=$(grep -c WARN "$log")
             echo "$start, $request: $logged lines, at most $most are right"
             ((logged >= 1 && logged <= most))
             stop_kv
+            for c in "${fds[@]}"; do disconnect "$c"; done
+            fds=()
         done
     done
 }
@@ -914,11 +915,11 @@ keepalive() { # OPTION FILE
 }
 
 # Like start_kv; what it asks of the kernel is in $tmp/trace after end_trace.
-start_traced_kv() { # SYSCALL
+start_traced_kv() { # SYSCALL OPTION...
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
     leash+=(strace -D -f -e "trace=$1" -o "$tmp/trace")
-    start_kv
+    start_kv "${@:2}"
 }
 
 end_trace() {
@@ -1239,15 +1240,17 @@ end_trace() {
     takes_less VmRSS $((before + 2000))
 }
 
+# Twice: a thread may take memory from another arena of malloc than the thread before. But not each
+# time more.
 @test "memory that FLUSHALL frees is used again, of large and of small entries" {
     for value in "$(x 500)" x; do
         start_kv
         for round in 1 2 3 4 5; do
-            seq -f "SET k%.0f $value" $((100000 / part)) | talk | uniq | is OK
+            seq -f "SET k%.0f $value" $((50000 / part)) | talk | uniq | is OK
             if ((round == 1)); then before=$(process_kb VmRSS); fi
             ask FLUSHALL DBSIZE | is OK 0
         done
-        takes_less VmHWM $((before + before / 4))
+        takes_less VmHWM $((before * 9 / 4))
         stop_kv
     done
 }
@@ -1324,16 +1327,17 @@ END
 
 @test "memory of what expires is used again, of large and of small entries" {
     start_kv
-    for round in 1 2 3; do
-        moment=$(($(now_ms) + 1000))
+    for round in 1 2 3 4; do
         {
-            seq -f "SET k%.0f $(x 500) PXAT $moment" $((100000 / part))
-            seq -f "SET s%.0f x PXAT $moment" $((200000 / part))
+            seq -f "SET k%.0f $(x 500)" $((40000 / part))
+            seq -f 'SET s%.0f x' $((80000 / part))
         } | talk | uniq | is OK
         if ((round == 1)); then before=$(process_kb VmRSS); fi
+        { seq -f 'k%.0f' $((40000 / part)) && seq -f 's%.0f' $((80000 / part)); } |
+            sed 's/.*/PEXPIRE & 100/' | talk | uniq | is 1
         wait_until keys_are 0
     done
-    takes_less VmHWM $((before + before / 4))
+    takes_less VmHWM $((before * 9 / 4))
 }
 
 @test "a deadline that was taken away, moved or replaced leaves nothing behind" {
@@ -1795,8 +1799,8 @@ PYTHON
     not grep -E 'closed: (timeout|Resource)' "$log"
 }
 
-@test "before AUTH a client that makes no progress is closed after 10 s, though --timeout is 0" {
-    start_locked_kv sesame -v
+@test "before AUTH a silent client is closed after 10 s, though --timeout is 0, after it not" {
+    start_locked_kv sesame
     connect
     opened=$c
     answers "$opened" 'AUTH sesame' OK
@@ -1805,16 +1809,24 @@ PYTHON
     connect
     printf 'AUTH sesa' >&"$c"
     half=$c start=$(now_ms)
-    connect
-    flood "$c" "PING $(x 1000)" 100000 # and this one takes no replies
     closed "$silent"
     took=$(($(now_ms) - start))
-    timeout 20 cat <&"$half" >"$tmp/half"
+    timeout 20 cat <&"$half" >/dev/null
     echo "the silent one was closed after $took ms, that with half a request after $(($(now_ms) - start)) ms"
     ((took >= 9000 && took < 20000 && $(now_ms) - start < 20000))
-    wait_until clients_are 1 # the one that has logged in, silent as long
-    answers "$opened" PING PONG
+    answers "$opened" PING PONG # it was silent as long
     ask 'AUTH sesame' DBSIZE | is OK 0
+}
+
+# A client that takes no replies is found by the time that a send may take.
+@test "before AUTH a receive and a send may take 10 s, after it as long as --timeout says" {
+    (umask 077 && echo sesame >"$tmp/password")
+    start_traced_kv setsockopt -P "$tmp/password" --timeout 70
+    ask PING 'AUTH sesame' | is PONG OK
+    end_trace
+    for name in SO_RCVTIMEO SO_SNDTIMEO; do # strace shows the 16 bytes, or what they mean
+        grep "$name" "$tmp/trace" | is_like '.*("\\n\\0|tv_sec=10,).*' '.*("F\\0|tv_sec=70,).*'
+    done
 }
 
 @test "before AUTH --timeout closes a silent client earlier than after 10 s, when it is less" {
@@ -1843,13 +1855,17 @@ one_by_one() { # COUNT: each asks, quits, and waits for the end of its connectio
     done
 }
 
-# Here the next client may come before the server could look at how the last one went.
-@test "at the limit (-c 1) few of 3,000 clients that leave without a word are in the next one's way" {
+# Here the thread that learns of the end and the one that accepts the next client begin at the same
+# moment. Which is first is chance, so somebody may be refused; but not one in ten.
+@test "at the limit (-c 1) of 3,000 clients that come one after the other, and leave without a word, few are refused" {
     start_kv -c 1
     wait_until clients_are 0
-    refused=$(quickly hurried 3000 | grep -c 'max number of clients' || true)
-    echo "$refused of 3000 were refused"
-    ((refused < 1500))
+    for try in 1 2 3; do
+        refused=$(quickly hurried 3000 2>/dev/null | grep -c 'max number of clients' || true)
+        echo "try $try: $refused of 3000 were refused"
+        if ((refused < (${#sanitized} ? 1000 : 300))); then return 0; fi
+    done
+    false
 }
 
 hurried() { # COUNT: each asks, takes the reply and closes
@@ -2001,7 +2017,7 @@ stop_with_queue() { # COUNT [FILE]
 }
 
 @test "what is run is answered, also to a client that goes on sending and reading after SIGTERM" {
-    for round in 1 2 3; do
+    for round in 1 2; do
         rm -f "$tmp/aof" "$tmp"/replies.*
         start_aof
         connect
@@ -2036,7 +2052,7 @@ stop_with_queue() { # COUNT [FILE]
         { printf 'SET ' && x 1000000 && printf ' 1\n'; } | talk | is OK
         connect
         { printf 'KEYS *' && x 500000 && printf 'b\n'; } >&"$c"
-        patience=5 wait_until at_work # some minutes of work, or a matcher that is cleverer than that
+        set_to_work
         if [[ $who = leaves ]]; then disconnect "$c" && fds=(); fi
         stop_kv
         echo "the client $who: SIGTERM took $took ms"
@@ -2045,7 +2061,33 @@ stop_with_queue() { # COUNT [FILE]
     done
 }
 
-at_work() { (($(cpu_ticks) > 30)) || [[ $(ask DBSIZE) != 1 ]]; }
+# Returns when the server is busy with what was sent. It has some minutes of work, or a matcher that is
+# cleverer than that.
+set_to_work() {
+    before=$(cpu_ticks)
+    patience=5 wait_until at_work || true
+}
+
+at_work() { (($(cpu_ticks) > before + 30)); }
+
+# A list that says how many there are is believed.
+@test "KEYS that SIGTERM cuts short does not pass for the full list" {
+    start_kv
+    { # four keys with which the pattern takes minutes, and sixteen that match
+        for i in {1..4}; do printf 'SET %d' "$i" && x 1000000 && printf ' 1\n'; done
+        for i in {1..16}; do printf 'SET %d' "$i" && x 500000 && printf 'b 1\n'; done
+    } | talk | uniq -c | is_like ' *20 OK'
+    connect
+    { printf 'KEYS *' && x 500000 && printf 'b\n'; } >&"$c"
+    set_to_work
+    kill "$pid"
+    rest "$c" | cut -c 1-60 >"$tmp/out"
+    cat "$tmp/out"
+    # Nothing, an error, or all 16.
+    not grep -Ev '^\(error\) |^[0-9]+x+$|^\(16 keys\)$' "$tmp/out"
+    stop_kv none
+    ((status == 0))
+}
 
 @test "SIGTERM ends the server within 5 s though a client takes no replies, and lets nobody in" {
     start_kv
@@ -2087,7 +2129,8 @@ at_work() { (($(cpu_ticks) > 30)) || [[ $(ask DBSIZE) != 1 ]]; }
         sleep 0.01
         kill -s "$second" "$pid"
         wait_until grep -q stopping "$log"
-        rest "$c" | uniq -c | is_like ' *200 x{100000}'
+        rest "$c" >"$tmp/out"
+        (($(wc -l <"$tmp/out") == 200 && $(wc -c <"$tmp/out") == 200 * 100001))
         stop_kv none
         ((status == 0))
         grep stopped "$log"
@@ -2678,7 +2721,7 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
             ask 'GET a' 'AUTH sesame' 'GET a' | is_like "$noauth" OK '\(nil\)'
             warnings=$((mode % 100 > 0))
             (($(grep -c WARN "$log") == warnings))
-            (($(grep -Ec "${log_lines}.*$tmp/password.*others may read it" "$log") == warnings))
+            (($(grep -Ec "${log_lines}.*password.*others may read it" "$log") == warnings))
             stop_kv
         done
     done
@@ -4064,25 +4107,30 @@ all_are_served_or_wait() { # of 45 clients with 40 descriptors
 
 descriptors() { find "/proc/$pid/fd" -type l | wc -l; }
 
-@test "when memory runs out a connection may end, but not the server" {
+@test "when memory runs out a request gets OOM or its connection ends, but not the server" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
-    start_kv -v
+    start_kv
     connect
     answers "$c" PING PONG
-    memory_limit 6000000 # enough for the request, not for all the values
-    for i in {1..12}; do
-        { printf 'SET k%d ' "$i" && x 1000000 && echo; } | talk >>"$tmp/out" || true
+    memory_limit 6000000
+    for ((sets = 0; sets < 300; sets++)); do # malloc may have 64 MB in reserve
+        { printf 'SET k%d ' "$sets" && x 1000000 && echo; } | talk >"$tmp/out" || true
+        [[ $(<"$tmp/out") = OK ]] || break
     done
-    (($(grep -c OK "$tmp/out") < 12))
-    answers "$c" DBSIZE "$(grep -c OK "$tmp/out")"
-    memory_limit 300000 # not for the request either
-    { printf 'SET k ' && x 1000000 && echo; } | talk | is || true
-    wait_until grep -q 'closed: .*out of memory' "$log"
-    not grep -vx 'OK\|(error) OOM out of memory' "$tmp/out"
-    answers "$c" 'EXISTS k' 0
+    echo "$sets values of 1 MB went in"
+    ((sets < 300))
+    not grep -vx '(error) OOM out of memory' "$tmp/out"
+    answers "$c" DBSIZE "$sets"
+    # Small values take the rest.
+    seq -f 'SET small:%.0f x' 300000 | talk | uniq -c >"$tmp/out"
+    cat "$tmp/out"
+    not grep -vE ' (OK|\(error\) OOM out of memory)$' "$tmp/out"
+    (($(grep OK "$tmp/out" | awk '{ n += $1 } END { print n }') < 300000))
+    answers "$c" 'EXISTS nosuch' 0
     prlimit --pid "$pid" --as=unlimited:
     { printf 'SET k ' && x 1000000 && echo; } | talk | is OK
+    ask 'SET small x' 'GET small' | is OK x
 }
 
 @test "a request for which there is no memory harms nobody else, and memory that it took is free again" {
