@@ -2866,6 +2866,9 @@ restart() { stop_kv KILL && start_aof "$@"; } # OPTION...: after a crash
 
 size_of() { wc -c <"$1"; } # FILE
 
+# A file begins with the checksum line of a batch that holds nothing. All such lines have 23 bytes.
+first_line='#SUM:d1fba762150c532c'
+
 # A long form of this: KILLS=100 ./test.sh -f 'kill -9'
 if [[ ${KILLS:-} && ${BATS_TEST_TIMEOUT:-} ]]; then
     export BATS_TEST_TIMEOUT=$((time_limit + KILLS * 5))
@@ -3129,7 +3132,7 @@ check_cuts() { # FILE...
     start_aof
     stop_kv
     files=()
-    for size in {0..18}; do
+    for size in {0..23}; do
         head -c "$size" "$tmp/aof" >"$tmp/cut.$size"
         files+=("$tmp/cut.$size")
     done
@@ -3137,13 +3140,13 @@ check_cuts() { # FILE...
     for file in "${files[@]}"; do
         turn_to "$file"
         ask 'INCR a' | is 1
-        head -n 1 "$file" | is $'#CRC32C:00000000\r'
+        head -n 1 "$file" | is "$first_line"$'\r'
     done
 }
 
 @test "zero bytes at the end of a file, as after a power loss, are torn" {
     six_batches
-    for zeros in 1 7 18 4096 100000; do
+    for zeros in 1 7 23 4096 100000; do
         { head -c "${ends[5]}" "$tmp/aof" && head -c "$zeros" /dev/zero; } >"$tmp/zeros"
         start_kv --aof "$tmp/zeros"
         [[ $(abc) = "${values[5]}" ]]
@@ -3169,7 +3172,7 @@ check_cuts() { # FILE...
     ask 'SET a 1' | is OK
     stop_kv
     size=$(size_of "$tmp/aof")
-    resp SET b $'x\r\n#CRC32C:00000000\r\n' >>"$tmp/aof"
+    resp SET b $'x\r\n'"$first_line"$'\r\n' >>"$tmp/aof"
     refuses_file "byte $size\b" "$tmp/aof"
     head -c -1 "$tmp/aof" >"$tmp/cut"
     refuses_file "byte $size\b" "$tmp/cut"
@@ -3177,7 +3180,7 @@ check_cuts() { # FILE...
     refuses_file "byte $size\b" "$tmp/aof"
 }
 
-@test "a flipped bit anywhere is found and named, the file untouched; truncate -s helps" {
+@test "a flipped bit anywhere is found, with what cutting there would lose, the file untouched" {
     six_batches
     hex=$(od -An -v -tx1 "$tmp/aof" | tr -d '\n' | sed 's/ /\\x/g')
     workers=()
@@ -3186,26 +3189,39 @@ check_cuts() { # FILE...
         workers+=("$!")
     done
     for n in 0 1 2 3; do wait "${workers[n]}" || { tail -n 3 "$tmp/flips.$n" && return 1; }; done
-    eval "$(grep -o 'truncate -s .*' "$tmp/stderr.3")" # for a byte of the last batch
+    $(grep -o 'truncate -s [0-9]*' "$tmp/stderr.3") "$tmp/flipped.3" # for a byte of the last batch
     start_kv --aof "$tmp/flipped.3"
     [[ $(abc) = "${values[5]}" ]]
 }
 
 # Flips a bit of each fourth byte, from offset FIRST on, but for those of the last line.
 flips() { # FIRST
-    local at i from code file=$tmp/flipped.$1
-    for ((at = $1; at < ends[6] - 18; at += 4)); do
+    local at i code file=$tmp/flipped.$1 text
+    for ((at = $1; at < ends[6] - 23; at += 4)); do
         flip "$at" >"$file"
         code=0
         timeout 20 "$KV" -p 0 -s 4 --aof "$file" 2>"$tmp/stderr.$1" || code=$?
+        text=$(<"$tmp/stderr.$1")
         for ((i = 6; i > 0 && at < ends[i - 1]; i--)); do :; done # it is in batch i
-        # Of the first line it may be found only at the end of what follows.
-        from=${ends[i - 1]} && if ((i == 0)); then from='[0-9]+'; fi
-        [[ $code = 1 && $(wc -l <"$tmp/stderr.$1") = 1 &&
-            $(<"$tmp/stderr.$1") =~ ERROR\ .*byte\ $from\ .*truncate\ -s\ $from\ $file$ ]] ||
-            { echo "byte $at: status $code, $(<"$tmp/stderr.$1")" && return 1; }
+        if [[ $code != 1 || $(wc -l <<<"$text") != 1 ]] || ! tells_of_flip; then
+            echo "byte $at of batch $i: status $code, $text"
+            return 1
+        fi
         cmp "$file" <(flip "$at") || return 1
     done
+}
+
+tells_of_flip() { # looks at what flips has set
+    if ((i > 0)); then names_damage "$text" "${ends[i - 1]}" "$file"; else
+        [[ $text = *'not a file of kv'* && $text != *truncate* ]]
+    fi
+}
+
+# Whether a line says where the damage is, how to cut it off, and how much that would lose.
+names_damage() { # LINE OFFSET FILE
+    local lost=$(($(size_of "$3") - $2))
+    [[ $1 =~ ERROR\ .*\ byte\ ${2}[^0-9] && $1 =~ truncate\ -s\ ${2}\ .*${3} &&
+        $1 =~ [^0-9]${lost}\ bytes ]]
 }
 
 flip() { # OFFSET: prints the file with a bit of that byte flipped
@@ -3215,7 +3231,7 @@ flip() { # OFFSET: prints the file with a bit of that byte flipped
 @test "a flipped bit in the last checksum line is found, or passes for torn" {
     six_batches
     hex=$(od -An -v -tx1 "$tmp/aof" | tr -d '\n' | sed 's/ /\\x/g')
-    for ((at = ends[6] - 18; at < ends[6]; at++)); do
+    for ((at = ends[6] - 23; at < ends[6]; at++)); do
         (quickly flip "$at") >"$tmp/flipped"
         if start_kv --aof "$tmp/flipped"; then
             [[ $(abc) = "${values[5]}" ]]
@@ -3225,7 +3241,7 @@ flip() { # OFFSET: prints the file with a bit of that byte flipped
         else
             stop_kv none
             ((status == 1))
-            grep "ERROR .*byte ${ends[5]}\b.*truncate -s ${ends[5]} " "$log"
+            grep "ERROR .*byte ${ends[5]}\b.*truncate -s ${ends[5]}\b" "$log"
             (($(size_of "$tmp/flipped") == ends[6]))
         fi
     done
@@ -3246,32 +3262,67 @@ refuses_file() { # REGEX FILE
     stop_kv
     code=0
     prlimit --as=75000000 "$KV" -p 0 --aof "$tmp/aof" 2>"$tmp/stderr" || code=$?
-    ((code == 1)) && grep 'Cannot allocate memory' "$tmp/stderr"
+    ((code == 1)) && grep 'ERROR .*out of memory' "$tmp/stderr"
     not grep truncate "$tmp/stderr"
     start_aof
     ask DBSIZE | is 40
 }
 
-@test "a file that is something else is refused and untouched" {
-    cp "$BATS_TEST_DIRNAME/README.md" "$tmp/readme"
-    refuses_file 'byte 0\b' "$tmp/readme"
-    head -c 10000 "$KV" >"$tmp/program"
-    refuses_file 'byte 0\b' "$tmp/program"
-    for text in hello '# a comment' 'SET a 1' '*' '*1' '*x' 'REDIS0011' '{}' '#CRC32X:00000000'; do
-        echo "$text" >"$tmp/text"
-        refuses_file 'byte 0\b' "$tmp/text" || { echo "that was $text" && return 1; }
-    done
+# Whether kv refuses the file as not its own, and advises to import it, but never to cut it.
+refuses_foreign() { # FILE
+    refuses_file 'not a file of kv.*\bnc\b' "$1"
+    not grep truncate "$tmp/stderr"
 }
 
-@test "a record of no words, or with a wrong number of them, is refused" {
-    for record in '*0\r\n' '*-1\r\n' '*1\r\n$3\r\nSET\r\n' '*2\r\n$3\r\nSET\r\n$1\r\na\r\n'; do
+@test "a file that is something else is refused and untouched, with no advice to cut it" {
+    cp "$BATS_TEST_DIRNAME/README.md" "$tmp/readme"
+    refuses_foreign "$tmp/readme"
+    head -c 10000 "$KV" >"$tmp/program"
+    refuses_foreign "$tmp/program"
+    for text in hello '# a comment' 'SET a 1' '*' '*1' '*x' 'REDIS0011' '{}' '#SUM:' '#SUM:0123456789abcde' \
+        '#SUM:D1FBA762150C532C' '#SUX:d1fba762150c532c' '#SUM:0123456789abcdef' " $first_line"; do
+        printf '%s\r\n' "$text" >"$tmp/text"
+        refuses_foreign "$tmp/text" || { echo "that was $text" && return 1; }
+    done
+    { printf 'REDIS0011\xfa\tredis-ver\x057.0.15\xfa\nredis-bits\xc0@\xfe\0\xfb\1\0\0\1a\xc0\1\xff' &&
+        head -c 8 "$KV"; } >"$tmp/rdb"
+    refuses_foreign "$tmp/rdb"
+    { resp SELECT 0 && resp SET a 1; } >"$tmp/redis"
+    refuses_foreign "$tmp/redis"
+    { printf '#TS:1700000000\r\n' && cat "$tmp/redis"; } >"$tmp/stamped"
+    refuses_foreign "$tmp/stamped"
+    { printf '#CRC32C:00000000\r\n' && resp SET a 1 && printf '#CRC32C:12345678\r\n'; } >"$tmp/older"
+    refuses_foreign "$tmp/older"
+}
+
+# Prints the records of the input, and behind them the line with their checksum.
+batch() {
+    cat >"$tmp/records"
+    cat "$tmp/records"
+    printf '#SUM:%s\r\n' "$(quickly siphash <"$tmp/records")"
+}
+
+new_file() { printf '%s\r\n' "$first_line"; } # prints a file of no batch
+
+@test "a file whose checksums are right loads, whoever wrote it" {
+    { new_file && resp SET a 1 | batch && new_file && { resp SET b 2 && resp SET c 3; } | batch; } >"$tmp/aof"
+    start_aof
+    ask 'GET a' 'GET b' 'GET c' 'INCR a' | is 1 2 3 2
+    restart
+    ask 'GET a' DBSIZE | is 2 3
+}
+
+@test "a record with a wrong number of words, or one that kv does not write, is refused though its checksum is right" {
+    for record in '*0\r\n' '*-1\r\n' '*1\r\n$3\r\nSET\r\n' '*2\r\n$3\r\nSET\r\n$1\r\na\r\n' \
+        '*4\r\n$3\r\nSET\r\n$1\r\na\r\n$1\r\n1\r\n$4\r\nPXAT\r\n' '*1\r\n$3\r\nDEL\r\n' \
+        '*2\r\n$8\r\nFLUSHALL\r\n$1\r\nx\r\n' '*1\r\n$5\r\nMULTI\r\n' '*2\r\n$6\r\nSELECT\r\n$1\r\n1\r\n' \
+        '*3\r\n$5\r\nLPUSH\r\n$1\r\na\r\n$1\r\nx\r\n' 'SET a 1\r\n' '*1\r\n$8\r\nFLUSHALL\n'; do
         # shellcheck disable=SC2059  # a format is what this is about
-        printf "$record" >"$tmp/file"
-        sum=$(crc32c <"$tmp/file")
-        printf '#CRC32C:%s\r\n' "$sum" >>"$tmp/file"
-        refuses_file 'byte 0\b' "$tmp/file"
-        { printf '#CRC32C:00000000\r\n' && cat "$tmp/file"; } >"$tmp/second"
-        refuses_file 'byte 18\b' "$tmp/second"
+        { new_file && printf "$record" | batch; } >"$tmp/first"
+        refuses_file 'byte 23\b' "$tmp/first" || { echo "that was $record" && return 1; }
+        # shellcheck disable=SC2059
+        { new_file && resp SET a 1 | batch && { resp SET b 2 && printf "$record"; } | batch; } >"$tmp/second"
+        refuses_file 'byte 73\b' "$tmp/second" || { echo "that was $record" && return 1; }
     done
 }
 
@@ -3313,7 +3364,7 @@ refuses_file() { # REGEX FILE
 @test "--fsync takes always, everysec or no, and anything else ends with status 2" {
     for word in '' never Always alway always1; do
         refuses 2 'fsync.*always.*everysec.*no' --fsync "$word"
-        refuses 2 'fsync.*always.*everysec.*no' -p 0 --aof "$tmp/aof" "--fsync=$word"
+        refuses 2 'fsync.*always.*everysec.*no' -p 0 --aof "$tmp/aof" --fsync "$word"
     done
     [[ ! -e $tmp/aof ]]
     start_kv --fsync always
@@ -3328,11 +3379,11 @@ refuses_file() { # REGEX FILE
     start_aof
     later=$(deadline)
     {
-        printf '#CRC32C:\r\n'
+        printf '#SUM:\r\n'
         while IFS='|' read -r request record; do
             ask "$request" | is_like 'OK|-?[0-9]+' >&2
             # shellcheck disable=SC2086  # words are what this is about
-            if [[ $record ]]; then resp $record && printf '#CRC32C:\r\n'; fi
+            if [[ $record ]]; then resp $record && printf '#SUM:\r\n'; fi
         done
     } >"$tmp/expected" <<END
 SET k v|SET k v
@@ -3354,19 +3405,40 @@ FLUSHDB|FLUSHALL
 SET c "d"|SET c d
 FLUSHALL|FLUSHALL
 END
-    sed 's/^#CRC32C:[0-9a-f]\{8\}\r$/#CRC32C:\r/' "$tmp/aof" | diff -a "$tmp/expected" -
-    head -n 1 "$tmp/aof" | is $'#CRC32C:00000000\r'
+    sed 's/^#SUM:[0-9a-f]\{16\}\r$/#SUM:\r/' "$tmp/aof" | diff -a "$tmp/expected" -
+    head -n 1 "$tmp/aof" | is "$first_line"$'\r'
     (quickly checksums "$tmp/aof")
 }
 
-# CRC-32C of the input, a bit at a time, as RFC 3720 describes it.
-crc32c() {
-    local crc=0xffffffff byte bit
-    for byte in $(od -An -v -tu1); do
-        ((crc ^= byte, 1))
-        for ((bit = 0; bit < 8; bit++)); do ((crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78 : 0), 1)); done
-    done
-    printf '%08x\n' $((crc ^ 0xffffffff))
+# SipHash-1-3 of the input, as the paper of Aumasson and Bernstein describes it: eight bytes are a word,
+# whose lowest byte comes first; what is left is the last word, with the length as its highest byte.
+siphash() { # [KEY KEY]: numbers of 64 bits, else zeros
+    local v0=$((${1:-0} ^ 0x736f6d6570736575)) v1=$((${2:-0} ^ 0x646f72616e646f6d))
+    local v2=$((${1:-0} ^ 0x6c7967656e657261)) v3=$((${2:-0} ^ 0x7465646279746573))
+    local a b c d e f g h word=0x0 size=0
+    while read -r a b c d e f g h; do
+        word=0x$h$g$f$e$d$c$b$a
+        size=$((size + ${#word} / 2 - 1))
+        if [[ $h ]]; then sip_word "$word" && word=0x0; fi
+    done < <(od -An -v -tx1 -w8)
+    sip_word $((word | size << 56))
+    v2=$((v2 ^ 0xff))
+    sip_round && sip_round && sip_round
+    printf '%016x\n' $((v0 ^ v1 ^ v2 ^ v3))
+}
+
+sip_word() { # WORD
+    v3=$((v3 ^ $1))
+    sip_round
+    v0=$((v0 ^ $1))
+}
+
+# Turning left by 13 is << 13, and those 13 bits come in from the right.
+sip_round() {
+    ((v0 += v1, v1 = (v1 << 13 | v1 >> 51 & 0x1fff) ^ v0, v0 = v0 << 32 | v0 >> 32 & 0xffffffff)) || :
+    ((v2 += v3, v3 = (v3 << 16 | v3 >> 48 & 0xffff) ^ v2)) || :
+    ((v0 += v3, v3 = (v3 << 21 | v3 >> 43 & 0x1fffff) ^ v0)) || :
+    ((v2 += v1, v1 = (v1 << 17 | v1 >> 47 & 0x1ffff) ^ v2, v2 = v2 << 32 | v2 >> 32 & 0xffffffff)) || :
 }
 
 # Whether each checksum line of a file is that of the bytes since the line before, and the
@@ -3375,22 +3447,26 @@ checksums() { # FILE
     local at=0 offset text
     while IFS=: read -r offset _ text; do
         text=${text%$'\r'}
-        [[ $text = "$(tail -c +$((at + 1)) "$1" | head -c $((offset - at)) | crc32c)" ]] ||
+        [[ $text = "$(tail -c +$((at + 1)) "$1" | head -c $((offset - at)) | siphash)" ]] ||
             { echo "at byte $offset: $text" && return 1; }
-        at=$((offset + 18))
-    done < <(grep -abo $'^#CRC32C:[0-9a-f]\\{8\\}\r$' "$1")
+        at=$((offset + 23))
+    done < <(grep -abo $'^#SUM:[0-9a-f]\\{16\\}\r$' "$1")
     (($(size_of "$1") == at))
 }
 
-@test "the checksum is that of RFC 3720, also for binary values and batches of many records" {
-    [[ $(printf 123456789 | crc32c) = e3069283 ]]
+@test "the checksum is SipHash-1-3, also for binary values and batches of many records" {
+    # What others compute: Rust's SipHasher13, and PYTHONHASHSEED=0 python3 -c 'print(hash(b"123456789"))'.
+    [[ $(printf '' | siphash 0x0706050403020100 0x0f0e0d0c0b0a0908) = abac0158050fc4dc ]]
+    [[ $(printf 123456789 | siphash) = 0fbc0f0007965fcf ]]
     start_aof
     ask "SET $(quickly every_byte '\\x%02x' | sed 's/.*/"&"/') 1" 'SET "" ""' | is OK OK
+    for size in {0..16}; do ask "SET a \"$(x "$size")\"" | is OK; done # each length of the last word
+    ask "SET a $(x 20000)" | is OK
     connect
     send_packet "$c" 'INCR n\n%.0s' {1..100}
     for i in {1..100}; do receive "$c"; done
     (quickly checksums "$tmp/aof")
-    (($(grep -ac '^#CRC32C:' "$tmp/aof") < 50))
+    (($(grep -ac '^#SUM:' "$tmp/aof") < 70))
 }
 
 @test "what changes nothing is not logged, nor is expiry" {
@@ -3411,22 +3487,22 @@ checksums() { # FILE
     all=$(quickly every_byte '\\x%02x')
     { echo 'SET early 1' && echo FLUSHALL && yes 'INCR n' | head -n 1000 &&
         printf 'SET big "' && yes "$all" | head -n 4096 | tr -d '\n' && printf '"\n' &&
-        printf '%s\n' 'SET gone 1' 'DEL gone' 'SET "\x00\r\n#CRC32C:01234567\r\n" ""'; } | talk >/dev/null
+        printf '%s\n' 'SET gone 1' 'DEL gone' 'SET "\x00\r\n#SUM:0123456789abcdef\r\n" ""'; } | talk >/dev/null
     ask 'GET big' >"$tmp/big"
     (($(wc -c <"$tmp/big") > 1048576))
     for i in 1 2; do
         restart
-        ask 'INCR n' 'GET early' 'GET gone' 'GET "\x00\r\n#CRC32C:01234567\r\n"' DBSIZE |
+        ask 'INCR n' 'GET early' 'GET gone' 'GET "\x00\r\n#SUM:0123456789abcdef\r\n"' DBSIZE |
             is $((1000 + i)) '(nil)' '(nil)' '""' 3
         ask 'GET big' | cmp - "$tmp/big"
     done
 }
 
-@test "a file loads though --max-value is smaller than what it holds" {
+@test "a file loads though --max-request is smaller than what it holds" {
     start_aof
     value=$(x 100000)
     ask "SET a $value" | is OK
-    restart --max-value 10
+    restart --max-request 1024
     ask 'GET a' | is "$value"
     ask "SET a $value" | is_like '\(error\) ERR .*too long'
 }
@@ -3470,7 +3546,7 @@ past() { (($(now_ms) > $1)); } # MS
         done
         echo "DEL k7 t8" && echo 'PERSIST t9' && echo 'INCR t10' && echo "PEXPIREAT k11 $later"
         echo 'SET t12 x KEEPTTL' && echo 'SET t13 x' && echo 'EXPIRE t14 -1' && echo 'SET "" ""'
-        printf '%s\n' 'SET line "\r\n#CRC32C:01234567\r\n*1\r\n"' 'SET "#CRC32C:01234567\r\n" "#"'
+        printf '%s\n' 'SET line "\r\n#SUM:0123456789abcdef\r\n*1\r\n"' 'SET "#SUM:0123456789abcdef\r\n" "#"'
         # Without quotes, which redis-cli reads in its own way.
         (quickly every_byte '"<\\x%02x>"\n') | sed '/x2[27]/d; s/.*/SET & &/'
     } >"$tmp/in"
@@ -3487,73 +3563,88 @@ past() { (($(now_ms) > $1)); } # MS
     contents "$redis_port" | cmp - "$tmp/before"
 }
 
-@test "a file that Redis has written loads, goes on as kv's own, and Redis loads that too" {
+# Redis keeps a base and what came since; both may hold lines with the time, which begin with #.
+@test "a file of Redis is refused, and nc imports it: kv then holds the same keys, values and deadlines" {
     command -v redis-server || skip "redis-server is missing: make deps-all installs it"
     later=$(deadline)
-    mkdir "$tmp/redis" "$tmp/again"
-    start_redis --dir "$tmp/redis" --appendonly yes --aof-use-rdb-preamble no
-    printf '%s\n' 'SET lost 1' FLUSHALL 'SELECT 0' 'SET a "x\r\n#CRC32C:00000000\r\n"' 'SET b 5 EX 100000' \
+    mkdir "$tmp/redis"
+    start_redis --dir "$tmp/redis" --appendonly yes --aof-use-rdb-preamble no --aof-timestamp-enabled yes
+    printf '%s\n' 'SET lost 1' FLUSHALL 'SELECT 0' 'SET a "x\r\n#SUM:d1fba762150c532c\r\n"' 'SET b 5 EX 100000' \
         "SET b 5 PXAT $later" 'INCR b' 'INCRBY n 7' 'DECR n' 'DECRBY n 2' "SET c 1 PXAT $later" 'PERSIST c' \
         'SET d 1' "PEXPIREAT d $later" 'SET e 1' 'DEL e lost' 'SET f 1 NX' 'SET f 2 KEEPTTL' \
-        'SET soon 1 PX 1' "SET g 1 PXAT $later" 'SET g 2' 'GET a' 'EXPIREAT f 1' 'SET "\x00" "\xff"' |
-        redis-cli -p "$redis_port" >"$tmp/out"
+        'SET soon 1 PX 1' "SET g 1 PXAT $later" 'SET g 2' 'GET a' 'EXPIREAT f 1' 'SET "\x00" "\xff"' >"$tmp/in"
+    redis-cli -p "$redis_port" <"$tmp/in" >"$tmp/out"
     not grep -i err "$tmp/out"
-    printf '%s\n' a b n c d e f g soon lost '"\x00"' >"$tmp/keys"
-    contents "$redis_port" >"$tmp/before"
-    end_redis
-    cp "$tmp"/redis/appendonlydir/*.incr.aof "$tmp/aof"
-    cp "$tmp/aof" "$tmp/original"
-    start_aof
-    contents "$port" | cmp - "$tmp/before"
-    ask 'INCR n' 'GET n' | is 5 5
-    restart
-    ask 'DECR n' | is 4
-    contents "$port" | cmp - "$tmp/before"
-    restart
-    contents "$port" | cmp - "$tmp/before"
-    cmp <(head -c "$(size_of "$tmp/original")" "$tmp/aof") "$tmp/original"
-    tail -c "+$(($(size_of "$tmp/original") + 1))" "$tmp/aof" | head -n 1 | # over all before it
-        is "#CRC32C:$(quickly crc32c <"$tmp/original")"$'\r'
-    cp "$tmp/aof" "$tmp/again/"
-    start_redis --dir "$tmp/again" --appendonly yes --appendfilename aof
-    contents "$redis_port" | cmp - "$tmp/before"
+    wait_until redis_forgets soon
+    printf '%s\n' a b n c d e f g soon lost '"\x00"' i j >"$tmp/keys"
+    imports_from_redis
+    redis-cli -p "$redis_port" BGREWRITEAOF
+    wait_until [ -e "$tmp/redis/appendonlydir/appendonly.aof.2.incr.aof" ]
+    wait_until grep -q 'AOF rewrite finished successfully' "$tmp/redis.log"
+    printf '%s\n' "EXPIREAT n $((later / 1000))" 'PEXPIRE a 200000000' 'PERSIST d' 'INCR i' 'EXPIRE i 200000' \
+        'SET j 1 KEEPTTL' 'DEL b' 'EXPIRE c -1' | redis-cli -p "$redis_port" >"$tmp/out"
+    not grep -i err "$tmp/out"
+    imports_from_redis
 }
 
-end_redis() {
-    kill "${helpers[-1]}"
-    wait_until gone "${helpers[-1]}"
-}
+redis_forgets() { [[ $(redis-cli -p "$redis_port" EXISTS "$1") = 0 ]]; } # KEY
 
-@test "in a file of Redis nothing expires before its end: INCR and PERSIST meet what is past" {
-    { resp SELECT 0 && resp SET a 5 PXAT 1000 && resp INCR a && resp PERSIST a &&
-        resp SET b 5 && resp PEXPIREAT b 1000 && resp SET c 5 PXAT 1000 && resp INCR c &&
-        resp PEXPIREAT c 9999999999999; } >"$tmp/aof"
-    start_aof
-    ask 'GET a' 'TTL a' 'GET b' 'GET c' KEYS | is_like 6 -1 '\(nil\)' 6 '[ac]' '[ac]' '\(2 keys\)'
-}
-
-@test "a command that kv does not know is refused by its name, and not skipped" {
-    { resp SELECT 0 && resp SET a 1; } >"$tmp/start"
-    { cat "$tmp/start" && resp LPUSH list x && resp SET b 1; } >"$tmp/aof"
-    refuses_file "byte $(size_of "$tmp/start")\b.*LPUSH" "$tmp/aof"
-    { resp SET a 1 && resp SELECT 1 && resp SET a 2; } >"$tmp/aof" # there is one database
-    refuses_file 'byte 27\b' "$tmp/aof"
-    { printf '#CRC32C:00000000\r\n' && resp MULTI; } >"$tmp/aof"
-    printf '#CRC32C:%s\r\n' "$(resp MULTI | crc32c)" >>"$tmp/aof"
-    refuses_file 'byte 18\b.*MULTI' "$tmp/aof"
-}
-
-@test "a file of Redis that ends within a record is refused and untouched" {
-    { resp SELECT 0 && resp SET a 1; } >"$tmp/start"
-    size=$(size_of "$tmp/start")
-    { cat "$tmp/start" && resp SET b 2; } >"$tmp/redis"
-    for ((cut = size + 1; cut < size + 27; cut++)); do
-        head -c "$cut" "$tmp/redis" >"$tmp/aof"
-        refuses_file "byte $size\b.*truncate -s $size " "$tmp/aof"
+# Whether kv, with a file that is new, imports those that Redis has now, and keeps that.
+imports_from_redis() {
+    local file files=("$tmp"/redis/appendonlydir/*.{base,incr}.aof)
+    for file in "${files[@]}"; do
+        if [[ -s $file ]]; then refuses_foreign "$file" || return 1; fi
     done
-    truncate -s "$size" "$tmp/aof"
+    contents "$redis_port" >"$tmp/before"
     start_aof
-    ask 'GET a' DBSIZE | is 1 1
+    cat "${files[@]}" | talk >"$tmp/out"
+    not grep -v '^[+:]' "$tmp/out"
+    contents | diff - "$tmp/before"
+    restart
+    contents | diff - "$tmp/before"
+    stop_kv
+    rm "$tmp/aof"
+}
+
+@test "a file that an older kv wrote is imported by nc" {
+    { printf '#CRC32C:00000000\r\n' && resp SET a 1 && resp SET b 2 PXAT 9999999999999 &&
+        printf '#CRC32C:01234567\r\n' && resp DEL a && printf '#CRC32C:89abcdef\r\n'; } >"$tmp/older"
+    start_aof
+    talk <"$tmp/older" | is $'+OK\r' $'+OK\r' $':1\r'
+    restart
+    ask 'GET a' 'GET b' 'TTL a' DBSIZE | is '(nil)' 2 -2 1
+}
+
+@test "while a file is read the clock goes on: a SET whose deadline has passed is a DEL" {
+    {
+        new_file
+        { resp SET a 1 && resp SET a 2 PXAT 1000 && resp SET b 1 PXAT 1000 && resp SET b 2 &&
+            resp SET c 1 PXAT 9999999999999 && resp SET c 2 PXAT 1000 && resp SET d 1 PXAT 1000; } | batch
+        { resp DEL d && resp SET e 1 PXAT 1000 && resp FLUSHALL && resp SET f 1 PXAT 1000 && resp SET f 3 &&
+            resp SET b 4 && resp SET g 1 PXAT 9999999999999; } | batch
+        resp SET g 1 PXAT 1 | batch
+    } >"$tmp/aof"
+    start_aof
+    ask DBSIZE KEYS 'GET b' 'GET f' 'TTL f' | is_like 2 '[bf]' '[bf]' '\(2 keys\)' 4 3 -1
+}
+
+# Most of 300,000 sessions have ended when others begin, so that kv needs little memory for them.
+@test "a log full of keys that have expired needs no memory at the next start" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    if [[ $sanitized ]]; then return 0; fi # sanitizers need memory of their own
+    start_aof
+    little=$(($(process_kb VmData) + 12000))
+    stop_kv
+    rm "$tmp/aof"
+    start_aof --fsync no
+    yes "$(x 100)" | head -n 300000 | awk '{ print "SET session:" NR, $1, "PX 10" }' | talk | uniq -c |
+        is_like ' *300000 OK'
+    (($(size_of "$tmp/aof") > 40000000))
+    wait_until keys_are 0
+    stop_kv
+    leash+=(prlimit --data=$((little * 1024)))
+    start_aof
+    ask DBSIZE 'INCR n' | is 0 1
 }
 
 @test "tail -F of the file, sent to a second kv, keeps that one equal through 100,000 writes" {
@@ -3653,7 +3744,7 @@ synced_first='
         "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>"$tmp/second" 3>&- 4>&- &
     second=$!
     helpers+=("$second")
-    wait_until second_has_file
+    wait_until has_file "$second"
     ask 'SET b 2' | is OK
     stop_kv
     wait_until grep -q listening "$tmp/second"
@@ -3661,7 +3752,7 @@ synced_first='
     ask 'GET a' 'GET b' | is 1 2
 }
 
-second_has_file() { find "/proc/$second/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; }
+has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # PID
 
 @test "thousands of requests with short replies and large records stay within bounded memory" {
     start_aof
@@ -3750,6 +3841,42 @@ larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
     leash=()
     start_aof
     ask 'GET n' | is_like '[45]'
+}
+
+@test "an fsync that is interrupted (EINTR) is tried again, before the reply" {
+    start_aof
+    stop_kv
+    calls=write,pwrite64,writev,fsync,fdatasync
+    trace_kv -e "trace=$calls,sendto" -e "inject=fsync,fdatasync:error=EINTR:when=1+2" # every other one
+    start_aof --fsync always
+    connect
+    for i in {1..10}; do answers "$c" 'INCR n' "$i"; done
+    end_trace
+    not grep ERROR "$log"
+    (($(grep -c 'sync.*EINTR' "$tmp/trace") >= 10))
+    awk "$synced_first"' END { exit wrong || replies != 10 || syncs < 10 }' "$tmp/trace"
+}
+
+# Some file systems cannot, and say EINVAL. All other errors mean what they mean for a file.
+@test "a directory that cannot be fsynced or read is no reason not to start, but one whose fsync fails is" {
+    plain=("${leash[@]}")
+    trace_kv -e trace=fsync,fdatasync -P "$tmp" -e inject=fsync,fdatasync:error=EINVAL
+    start_aof
+    ask 'SET a 1' | is OK
+    end_trace
+    grep 'sync.*EINVAL' "$tmp/trace"
+    not grep ERROR "$log"
+    leash=("${leash[@]/EINVAL/EIO}")
+    not start_aof
+    stop_kv none
+    ((status == 1))
+    grep "ERROR .*$tmp/aof.*Input/output error" "$log"
+    leash=("${plain[@]}")
+    trace_kv -e trace=openat,open -P "$tmp" -e inject=openat,open:error=EACCES
+    start_aof # in a directory where one may use files, but not list them
+    ask 'GET a' | is 1
+    end_trace
+    grep 'EACCES' "$tmp/trace"
 }
 
 @test "with --fsync everysec each second has its fsync while there are writes, and a failed one is the end" {
@@ -3874,20 +4001,193 @@ all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/
     ask 'GET a' 'GET b' DBSIZE | is 1 20 3
 }
 
-@test "a start of more than a second shows its progress" {
-    yes $'*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nvalue\r' | head -n $((${#sanitized} ? 1400000 : 14000000)) >"$tmp/aof"
+# Makes a file of 4 million records, 140 MB, which takes a while to read: one batch many times.
+long_file() {
+    start_aof --fsync no
+    seq -f 'SET k%.0f value' 1000 | talk | uniq -c | is_like ' *1000 OK'
+    stop_kv
+    tail -n +2 "$tmp/aof" >"$tmp/thousand"
+    for i in {1..100}; do cat "$tmp/thousand"; done >"$tmp/many"
+    for ((i = 0; i < (${#sanitized} ? 4 : 40); i++)); do cat "$tmp/many"; done >>"$tmp/aof"
+    rm "$tmp/many"
+}
+
+# Starts a server that is still reading its file then.
+start_reading() { # [COMMAND...]: what starts kv
     : >"$log"
-    "${leash[@]}" "$KV" -p 0 --aof "$tmp/aof" </dev/null 2>>"$log" 3>&- 4>&- &
-    pid=$!
-    wait_until grep -q "$tmp/aof" "/proc/$pid/maps" # it reads its file
+    "${leash[@]}" "$@" "$KV" -p 0 --aof "$tmp/aof" </dev/null 2>>"$log" 3>&- 4>&- &
+    pid=$! reader=$!
+    if (($#)); then
+        wait_until has_child "$pid"
+        reader=$child
+    fi
+    wait_until has_file "$reader"
+    wait_until takes_time "$reader"
+}
+
+has_child() { child=$(pgrep -P "$1"); } # PID: sets $child
+
+takes_time() { # PID: it has had the processor for 30 ms
+    local stat
+    read -r -a stat <"/proc/$1/stat"
+    ((stat[13] + stat[14] >= 3))
+}
+
+@test "a start of more than a second shows its progress" {
+    long_file
+    start_reading
     kill -STOP "$pid"
     sleep 1
     kill -CONT "$pid"
     wait_until listening
     head -n 1 "$log" | is_like "${log_lines}.*$tmp/aof.*\b[0-9]{1,2} ?%.*"
-    ask 'GET k' | is value
+    ask 'GET k7' DBSIZE | is value 1000
 }
 
+@test "SIGTERM and SIGHUP while the file is read end the server at once, also as process 1, and the file is untouched" {
+    long_file
+    before=$(stat -c '%s bytes, last changed %y' "$tmp/aof")
+    for signal in TERM HUP; do
+        start_reading
+        stop_kv "$signal"
+        ended_in_peace
+    done
+    ways=('unshare -p -f --kill-child' 'unshare -Urpf --kill-child')
+    for way in "${ways[@]}"; do
+        # shellcheck disable=SC2086  # words are what this is about
+        if $way true; then
+            if [[ $sanitized = asan ]]; then export ASAN_OPTIONS=detect_leaks=0; fi # it asks /proc for its own id
+            start_reading $way
+            kill "$reader" # stop_kv would send it to unshare
+            stop_kv none
+            ended_in_peace
+            break
+        fi
+    done
+    stat -c '%s bytes, last changed %y' "$tmp/aof" | is "$before"
+    start_aof
+    ask DBSIZE | is 1000
+}
+
+ended_in_peace() { # long before the whole file was read
+    echo "status $status after $took ms"
+    ((status == 0 && took < (${#sanitized} ? 4000 : 1000)))
+    not grep -E 'listening|ERROR' "$log"
+}
+
+@test "a client that goes on sending while the server stops has an answer to all that is in the file" {
+    start_aof
+    connect
+    background bash -c 'exec yes "INCR n" >&"$1" 2>/dev/null' - "$c"
+    background bash -c 'exec timeout 20 cat <&"$1" >"$2"' - "$c" "$tmp/answers"
+    wait_until [ -s "$tmp/answers" ]
+    stop_kv
+    ((status == 0 && took < 5000))
+    wait_until gone "${helpers[-1]}"
+    answered=$(wc -l <"$tmp/answers")
+    tail -n 1 "$tmp/answers" | is "$answered"
+    tail -n 2 "$tmp/aof" | head -n 1 | is "$answered"$'\r'
+}
+
+@test "a file that is deleted while the server runs is an error at its end, one that is moved is not" {
+    start_aof
+    ask 'SET a 1' | is OK
+    mv "$tmp/aof" "$tmp/moved"
+    ask 'SET b 2' | is OK
+    stop_kv
+    ((status == 0))
+    not grep ERROR "$log"
+    for policy in always everysec no; do
+        start_kv --aof "$tmp/moved" --fsync "$policy"
+        ask 'INCR n' | is_like '[0-9]'
+        cp "$tmp/moved" "$tmp/copy"
+        rm "$tmp/moved"
+        if [[ $policy = no ]]; then cp "$tmp/copy" "$tmp/moved"; fi # another one of that name
+        stop_kv
+        ((status == 1))
+        grep -E "ERROR .*$tmp/moved.*deleted" "$log"
+        mv "$tmp/copy" "$tmp/moved"
+    done
+    start_kv --aof "$tmp/moved"
+    ask 'GET a' 'GET b' 'GET n' | is 1 2 3
+}
+
+# ==========================================================================================
+# Append-only file: memory
+# ==========================================================================================
+
+@test "when memory runs out for a record nothing is changed, and the file says the same" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    if [[ $sanitized ]]; then return 0; fi # sanitizers need memory of their own
+    start_aof
+    ask "SET k $(x 900000)0" 'SET small 1' | is OK OK
+    stop_kv
+    value=0 ttl=-1
+    for request in SET EXPIRE; do
+        ok=0 oom=0
+        for ((bytes = 0; bytes < 6000000; bytes += 300000)); do
+            start_aof
+            connect
+            answers "$c" 'EXISTS k' 1
+            prlimit --pid "$pid" --data=$(($(process_kb VmData) * 1024 + bytes)): # so much is left
+            if [[ $request = SET ]]; then
+                send "$c" "SET k $(x 900000)$bytes" 2>/dev/null || true
+            else send "$c" "EXPIRE k $((bytes + 1000000))"; fi
+            line=''
+            receive "$c" || (($? < 128)) || return 1 # nothing, if there is none to read it either
+            prlimit --pid "$pid" --data=unlimited:
+            case $line in
+                OK) ok=$((ok + 1)) value=$bytes ;;
+                1) ok=$((ok + 1)) ttl=$((bytes + 1000000)) ;;
+                '(error) OOM out of memory'*) oom=$((oom + 1)) ;;
+                *) [[ ! $line ]] ;;
+            esac
+            holds_all
+            disconnect "$c"
+            fds=()
+            restart
+            holds_all
+            stop_kv
+        done
+        echo "$request: done $ok times, refused $oom times"
+        ((ok > 0 && oom > 0))
+    done
+}
+
+holds_all() { # $value and $ttl, of which some seconds may have gone
+    local left
+    ask 'GET k' | cmp - <(x 900000 && echo "$value")
+    left=$(ask 'TTL k')
+    ((left == ttl || (left < ttl && left > ttl - 1000)))
+    ask 'GET small' DBSIZE | is 1 2
+}
+
+# 70 MB are read, become a value and then a record: no limit here has room for four times as much.
+@test "with a file and little memory a huge SET ends its connection at most, not the server" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
+    plain=("${leash[@]}") failed=0 n=0
+    for limit in 100000 200000 250000 300000; do # in KiB
+        leash=("${plain[@]}" prlimit --as=$((limit * 1024)):)
+        start_aof --max-request 100000000
+        connect
+        answers "$c" 'INCR n' "$((++n))"
+        { printf 'SET big ' && x 70000000 && echo; } | talk >"$tmp/reply" || true
+        is_like '|OK|\(error\) OOM .*' < <(head -n 1 "$tmp/reply" | grep . || echo)
+        big=0 && if grep -qx OK "$tmp/reply"; then big=1; else failed=$((failed + 1)); fi
+        answers "$c" 'INCR n' "$((++n))"
+        answers "$c" 'EXISTS big' "$big"
+        ask 'SET small 1' | is OK
+        stop_kv
+        ((status == 0))
+        leash=("${plain[@]}")
+        start_aof
+        ask 'GET n' 'GET small' 'EXISTS big' 'DEL big' | is "$n" 1 "$big" "$big"
+        stop_kv
+    done
+    echo "it did not fit $failed times"
+    ((failed > 0))
+}
 # ==========================================================================================
 # More abuse
 # ==========================================================================================
