@@ -124,14 +124,14 @@ static const struct option {
     {"-b", "--bind", "ADDR", "127.0.0.1; IPv4, IPv6 or a host name", &opt.bind, 0, 0},
     {"-c", "--max-clients", "N", "10000", &opt.max_clients, 1, 1000000},
     {"-t", "--timeout", "SECONDS", "0: never; close when idle", &opt.timeout, 0, 1000000},
-    {"  ", "--max-request", "BYTES", "4259840; the longest request, as it is sent",
+    {"", "--max-request", "BYTES", "4259840; the longest request, as it is sent",
      &opt.max_request, 1024, 1L << 29},
     {"-s", "--shards", "N", "256; a power of two", &opt.shards, 1, 4096},
     {"-a", "--aof", "FILE", "none; replayed at start, then appended to", &opt.aof, 0, 0},
-    {"  ", "--fsync", "WHEN", "everysec; always, everysec or no", &opt.fsync, 0, 0},
+    {"", "--fsync", "WHEN", "everysec; always, everysec or no", &opt.fsync, 0, 0},
     {"-P", "--password-file", "FILE", "none; clients must AUTH", &opt.password_file, 0,
      0},
-    {"  ", "--insecure", "", "serve the network openly", &opt.insecure, 0, 0},
+    {"", "--insecure", "", "serve the network openly", &opt.insecure, 0, 0},
     {"-v", "--verbose", "", "log connections, -vv every command", &opt.verbose, 0, 0},
     {"-q", "--quiet", "", "log only trouble", &opt.quiet, 0, 0},
     {"-h", "--help", "", "print this", &opt.help, 0, 0},
@@ -201,7 +201,8 @@ static bool is_first_this_second(atomic_llong *last) {
 }
 
 static bool is_named(const struct option *o, const char *word) {
-    return strcmp(word, o->letter) == 0 || strcmp(word, o->name) == 0;
+    bool is_letter = o->letter[0] != 0 && strcmp(word, o->letter) == 0;
+    return is_letter || strcmp(word, o->name) == 0;
 }
 
 static long parse_number(const struct option *o, const char *value) {
@@ -240,7 +241,7 @@ static void parse_options(int argc, char **argv) {
 static void print_help(void) {
     puts("kv " KV_VERSION ", a key-value server; talk to it with: nc localhost 8080");
     for (const struct option *o = options; opt.help && o->name; o++)
-        printf("  %s %-15s %-7s  %s\n", o->letter, o->name, o->value, o->help);
+        printf("  %2s %-15s %-7s  %s\n", o->letter, o->name, o->value, o->help);
     if (fflush(stdout) != 0) die(1, "cannot print: %s", strerror(errno));
 }
 
