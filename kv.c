@@ -395,9 +395,9 @@ static bool parse_int(struct slice s, int64_t *n) {
 /* Whether a request could be taken off the input. WRONG: it has been answered. */
 enum outcome { COMPLETE, INCOMPLETE, WRONG };
 
-/* Answers a line that is wrong. */
+/* Answers a line that is wrong. why begins with a code word. */
 static enum outcome fail_line(struct conn *c, const char *why) {
-    fail(c, "ERR %s", why);
+    fail(c, "%s", why);
     c->replies++;
     return WRONG;
 }
@@ -411,8 +411,8 @@ static enum outcome refuse(struct conn *c, const char *why) {
 
 static enum outcome refuse_long(struct conn *c) {
     if (c->authed)
-        return refuse(c, "a request over --max-request or 1024 words is too long");
-    return refuse(c, "before AUTH a request over 16 KiB or 10 words is too long");
+        return refuse(c, "ERR a request over --max-request or 1024 words is too long");
+    return refuse(c, "ERR before AUTH a request over 16 KiB or 10 words is too long");
 }
 
 /* Adds a word to argv, if that is not one too many. */
@@ -421,7 +421,7 @@ static enum outcome add_word(struct conn *c, char *p, size_t len) {
     if (c->argc == c->argv_room) {
         size_t room = 2 * c->argv_room + 8;
         struct slice *argv = realloc(c->argv, room * sizeof *argv);
-        if (!argv) return refuse(c, "out of memory");
+        if (!argv) return refuse(c, "OOM out of memory");
         c->argv = argv;
         c->argv_room = room;
     }
@@ -464,7 +464,7 @@ static enum outcome take_quoted(struct conn *c, char **at, char *end) {
         char *next = is_escape ? unescape(from, to) : from + 1;
         if (!next)
             return fail_line(
-                c, "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH");
+                c, "ERR bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH");
         if (!is_escape) *to = *from;
         from = next;
         to++;
@@ -472,7 +472,7 @@ static enum outcome take_quoted(struct conn *c, char **at, char *end) {
     bool is_closed = from < end && (from + 1 == end || is_blank(from[1]));
     if (!is_closed)
         return fail_line(
-            c, "unbalanced quotes: a word that begins with a quote ends with one");
+            c, "ERR unbalanced quotes: a word that begins with a quote ends with one");
     *at = from + 1;
     return add_word(c, start, (size_t)(to - start));
 }
@@ -530,17 +530,17 @@ static enum outcome take_string(struct conn *c, char **at, char *end, int64_t ro
     char *start = *at;
     int64_t len;
     if (start == end) return INCOMPLETE;
-    if (*start != '$') return refuse(c, "Protocol error: expected '$'");
+    if (*start != '$') return refuse(c, "ERR Protocol error: expected '$'");
     enum outcome header = read_header(at, end, &len);
     if (header == INCOMPLETE) return INCOMPLETE;
     if (header == WRONG || len < 0)
-        return refuse(c, "Protocol error: invalid bulk length");
+        return refuse(c, "ERR Protocol error: invalid bulk length");
     if (len > room - (*at - start) - 2) return refuse_long(c); /* 2: for CRLF */
     char *string = *at;
     if (end - string < len + 2) return INCOMPLETE;
     *at = string + len + 2;
     if (memcmp(string + len, "\r\n", 2) != 0)
-        return refuse(c, "Protocol error: expected CRLF after a string");
+        return refuse(c, "ERR Protocol error: expected CRLF after a string");
     return add_word(c, string, (size_t)len);
 }
 
@@ -553,7 +553,7 @@ static enum outcome take_array(struct conn *c) {
     c->crlf = true;
     enum outcome header = read_header(&at, end, &words);
     if (header == INCOMPLETE) return INCOMPLETE;
-    if (header == WRONG) return refuse(c, "Protocol error: invalid multibulk length");
+    if (header == WRONG) return refuse(c, "ERR Protocol error: invalid multibulk length");
     if (words > (int64_t)c->max_words) return refuse_long(c);
     for (int64_t i = 0; i < words; i++) {
         enum outcome string =
@@ -569,13 +569,17 @@ static enum outcome take_array(struct conn *c) {
 static bool next_request(struct conn *c) {
     while (!c->closing && c->pos < c->in.len) {
         char first = c->in.p[c->pos];
+        bool old_resp = c->resp, old_crlf = c->crlf;
         c->argc = 0;
         c->resp = first == '*';
         if (first == '\xff') c->closing = "interrupted by telnet"; /* by Ctrl-C */
         if (c->closing) return false;
         enum outcome request = c->resp ? take_array(c) : take_line(c);
-        if (request == INCOMPLETE) return false;
         if (request == COMPLETE && c->argc > 0) return true;
+        if (request != INCOMPLETE) continue;
+        c->resp = old_resp; /* of the last request that was run */
+        c->crlf = old_crlf;
+        return false;
     }
     return false;
 }
@@ -893,8 +897,8 @@ static void table_remove(struct table *t, struct entry *e) {
     t->count--;
 }
 
-/* Removes all entries, and frees all that t owns. */
-static void table_clear(struct table *t) {
+/* Frees all that t owns. No other thread may know of it any more. */
+static void table_free(struct table *t) {
     for (size_t i = 0; i < t->size; i++) {
         while (t->buckets[i]) {
             struct entry *e = t->buckets[i];
@@ -904,7 +908,6 @@ static void table_clear(struct table *t) {
     }
     free(t->buckets);
     free(t->heap);
-    *t = (struct table){0};
 }
 
 /* === 7 Expiry ====================================================================== */
@@ -1417,18 +1420,25 @@ static bool cmd_dbsize(struct conn *c) {
     return reply_int(c, (int64_t)n);
 }
 
-/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. The price: others wait
-   as long as it takes to free what is in the shards, for 10 million keys about a second. */
+/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. Their memory is freed
+   afterwards, for that takes long. */
 static bool cmd_flush(struct conn *c) {
     struct slice record[] = {str("FLUSHALL")};
     if (c->argc > 1) return fail(c, "ERR syntax error");
+    struct table *old = calloc((size_t)opt.shards, sizeof *old);
+    if (!old) return fail_oom(c);
     for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
     bool ok = aof_append(record, 1, &c->seen); /* now the highest number there is */
     for (long i = 0; i < opt.shards; i++) {
-        if (ok) table_clear(&shards[i].table);
-        if (ok) shards[i].appended = c->seen;
+        if (ok) {
+            old[i] = shards[i].table;
+            shards[i].table = (struct table){0};
+            shards[i].appended = c->seen;
+        }
         pthread_mutex_unlock(&shards[i].lock);
     }
+    for (long i = 0; i < opt.shards; i++) table_free(&old[i]);
+    free(old);
     return ok ? reply_status(c, "OK") : fail_oom(c);
 }
 
@@ -1441,7 +1451,9 @@ static bool cmd_ping(struct conn *c) {
 static bool cmd_echo(struct conn *c) { return reply_value(c, c->argv[1]); }
 
 static bool cmd_select(struct conn *c) {
-    if (!word_is(c->argv[1], "0")) return fail(c, "ERR DB index is out of range");
+    int64_t n;
+    if (!parse_int(c->argv[1], &n)) return fail(c, NOT_AN_INTEGER);
+    if (n != 0) return fail(c, "ERR DB index is out of range");
     return reply_status(c, "OK");
 }
 
@@ -1714,9 +1726,10 @@ static ssize_t look_for_input(struct conn *c) {
    itself, tells it about a line that has no end. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
-    bool is_half_line = c->in.len > 0 && !c->resp;
-    if (is_half_line && stopping == SERVING)
-        fail_line(c, "the last line has no newline: it may be cut short and is not run");
+    bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
+    if (!is_half_line || stopping != SERVING) return;
+    c->resp = c->crlf = false;
+    fail_line(c, "ERR the last line has no newline: it may be cut short and is not run");
 }
 
 /* Waits for input, up to --timeout, and reads it behind what there is of a request. Says
@@ -1769,7 +1782,8 @@ static void *conn_main(void *arg) {
     struct text client = {""};
     if (is_logged(CLIENT)) client = address_of(c.fd, getpeername);
     say(CLIENT, "%s connected", client.text);
-    c.max_bytes = OPEN_MAX_BYTES;
+    c.max_bytes =
+        (size_t)(opt.max_request < OPEN_MAX_BYTES ? opt.max_request : OPEN_MAX_BYTES);
     c.max_words = OPEN_MAX_WORDS;
     if (password[0] == 0) log_in(&c);
     while (!c.closing && stopping != GIVING_UP) {
@@ -1954,12 +1968,15 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if no checksum line begins anywhere from start on. A value that looks like
-   one makes a torn file pass for damaged: a person decides then. */
+   It is torn if no line from start on looks like a checksum line. A value that has such a
+   line makes a torn file pass for damaged: a person decides then. */
 static bool is_torn(struct slice file, size_t start) {
-    const char *end = file.p + file.len;
-    for (const char *p = file.p + start; p < end; p++)
-        if (is_sum_line(p, end)) return false;
+    const char *line = file.p + start, *end = file.p + file.len;
+    while (line) {
+        if (is_sum_line(line, end)) return false;
+        line = memchr(line, '\n', (size_t)(end - line));
+        if (line) line++;
+    }
     return true;
 }
 
@@ -2038,13 +2055,14 @@ static size_t replay_file(int fd, size_t size, const char *header) {
     return good;
 }
 
-/* Flushes the file's name to the disk, too. Some file systems cannot: EINVAL. */
+/* Flushes the file's name to the disk, too. Some file systems cannot (EINVAL), and some
+   directories may not be opened. */
 static void sync_directory(void) {
     char *path = strdup(opt.aof);
     int fd = path ? open(dirname(path), O_RDONLY) : -1;
-    if (fd < 0 || (!sync_file(fd) && errno != EINVAL))
+    if (fd >= 0 && !sync_file(fd) && errno != EINVAL)
         die_of_aof("fsync of its directory");
-    close(fd);
+    if (fd >= 0) close(fd);
     free(path);
 }
 
@@ -2132,7 +2150,9 @@ static void accept_client(int listener, const pthread_attr_t *attributes) {
         sleep_ms(10);
         return;
     }
-    if (clients >= opt.max_clients) {
+    bool is_full = clients >= opt.max_clients;
+    bool many_linger = threads >= opt.max_clients + 24; /* and hold descriptors */
+    if (is_full || many_linger) {
         refuse_client(fd, "too many clients");
         return;
     }
@@ -2254,7 +2274,7 @@ static void prepare_threads(pthread_attr_t *attributes) {
 }
 
 /* Shuts all connections down, in one direction or in both. It tries all descriptors that
-   there can be, so kv needs no list of its connections; for others this does nothing. */
+   there can be, so kv needs no list of its connections; only sockets mind. */
 static void shut_down_all(int how) {
     int most = (int)sysconf(_SC_OPEN_MAX);
     for (int fd = 3; fd < most; fd++) (void)shutdown(fd, how);
@@ -2322,7 +2342,7 @@ int main(int argc, char **argv) {
     pthread_join(expiry, NULL);
     bool ok = !opt.aof || aof_close();
     if (threads > 0) return ok ? 0 : 1; /* they may still use the tables */
-    for (long i = 0; i < opt.shards; i++) table_clear(&shards[i].table);
+    for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
     say(INFO, "stopped");
     return ok ? 0 : 1;
 }
