@@ -2150,6 +2150,7 @@ static void accept_client(int listener, const pthread_attr_t *attributes) {
         sleep_ms(10);
         return;
     }
+    if (clients >= opt.max_clients) sleep_ms(1); /* one that is leaving makes room */
     bool is_full = clients >= opt.max_clients;
     bool many_linger = threads >= opt.max_clients + 24; /* and hold descriptors */
     if (is_full || many_linger) {
