@@ -1968,15 +1968,12 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if no line from start on looks like a checksum line. A value that has such a
-   line makes a torn file pass for damaged: a person decides then. */
+   It is torn if nothing from start on looks like a checksum line. A value that looks like
+   one makes a torn file pass for damaged: a person decides then. */
 static bool is_torn(struct slice file, size_t start) {
-    const char *line = file.p + start, *end = file.p + file.len;
-    while (line) {
-        if (is_sum_line(line, end)) return false;
-        line = memchr(line, '\n', (size_t)(end - line));
-        if (line) line++;
-    }
+    const char *end = file.p + file.len;
+    for (const char *p = file.p + start; p < end; p++)
+        if (is_sum_line(p, end)) return false;
     return true;
 }
 
