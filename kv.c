@@ -89,6 +89,10 @@ enum stage {
 };
 static _Atomic enum stage stopping = SERVING;
 
+static atomic_long clients;     /* connections that count for --max-clients */
+static atomic_long threads;     /* of connections, also those that only linger */
+static atomic_long connections; /* that there have been since the start */
+
 /* === 1 Options and log ============================================================= */
 
 static struct {
@@ -330,7 +334,9 @@ enum { OPEN_MAX_WORDS = 10, OPEN_MAX_BYTES = 16384 }; /* of a request before AUT
 struct conn {
     /* For as long as the connection lasts: */
     int fd;
+    long id;     /* the first connection is 1 */
     bool authed; /* no password is needed, or it was given */
+    bool resp3;  /* HELLO 3: RESP replies have the form of RESP3, not RESP2 */
     int wrong_passwords;
     size_t max_bytes, max_words; /* of a request */
     const char *closing;         /* why to close once the replies are sent; NULL: go on */
@@ -670,7 +676,8 @@ static bool reply_int(struct conn *c, int64_t n) {
 }
 
 static bool reply_nil(struct conn *c) {
-    return reply_line(c, "", str(c->resp ? "$-1" : "(nil)"));
+    if (!c->resp) return reply_line(c, "", str("(nil)"));
+    return reply_line(c, "", str(c->resp3 ? "_" : "$-1"));
 }
 
 static bool reply_string(struct conn *c, struct slice s, bool quoted) {
@@ -794,6 +801,7 @@ struct deadline {
 struct table {
     struct entry **buckets;
     size_t size, count;
+    size_t bytes; /* of all entries */
     struct deadline *heap;
     size_t heap_len, heap_room;
 };
@@ -804,6 +812,7 @@ static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
     uint64_t appended; /* the last record about this shard in the append-only file */
+    uint64_t hits, misses, expired; /* for INFO */
 } shards[4096]; /* as many as --shards allows; those that are not used cost no memory */
 
 static void deadline_clear(struct table *t, struct entry *e);
@@ -824,6 +833,10 @@ static struct entry *entry_new(uint32_t hash, struct slice key, struct slice val
     memcpy(e->data, key.p, key.len);
     memcpy(e->data + key.len, value.p, value.len);
     return e;
+}
+
+static size_t entry_size(const struct entry *e) {
+    return sizeof *e + e->key_len + e->value_len;
 }
 
 static struct entry **bucket_of(const struct table *t, uint32_t hash) {
@@ -884,6 +897,7 @@ static bool table_reserve(struct table *t) {
 static void table_insert(struct table *t, struct entry *e) {
     bucket_push(t, e);
     t->count++;
+    t->bytes += entry_size(e);
 }
 
 /* Takes out an entry and frees it. The buckets stay: a table never shrinks. */
@@ -893,8 +907,9 @@ static void table_remove(struct table *t, struct entry *e) {
     while (*link != e) link = &(*link)->next;
     *link = e->next;
     deadline_clear(t, e);
-    free(e);
     t->count--;
+    t->bytes -= entry_size(e);
+    free(e);
 }
 
 /* Frees all that t owns. No other thread may know of it any more. */
@@ -974,12 +989,13 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
-    int n = 0;
+    uint64_t n = 0;
     pthread_mutex_lock(&s->lock);
     while (n < MAX_AT_ONCE && t->heap_len > 0 && has_passed(t->heap[1].when)) {
         table_remove(t, t->heap[1].entry);
         n++;
     }
+    s->expired += n;
     pthread_mutex_unlock(&s->lock);
     return n == MAX_AT_ONCE;
 }
@@ -1107,7 +1123,11 @@ static void lock_key(struct conn *c, struct slice key) {
     if (c->entry && has_expired(&s->table, c->entry)) {
         table_remove(&s->table, c->entry);
         c->entry = NULL;
+        s->expired++;
     }
+    if (c->cmd->flags & WRITES) return;
+    if (c->entry) s->hits++; /* INFO counts what is read, as Redis does */
+    else s->misses++;
 }
 
 static void unlock_key(struct conn *c) {
@@ -1502,7 +1522,19 @@ static void log_in(struct conn *c) {
     set_timeouts(c->fd, opt.timeout);
 }
 
-/* AUTH password, or AUTH default password. Closes after ten wrong ones. */
+/* Logs the client in if user and password are right. Closes after ten wrong ones. */
+static bool authenticate(struct conn *c, struct slice user, struct slice word) {
+    bool is_user = user.len == 7 && memcmp(user.p, "default", 7) == 0;
+    if (is_user && (password[0] == 0 || is_password(word))) {
+        log_in(c);
+        return true;
+    }
+    c->wrong_passwords++;
+    if (c->wrong_passwords == 10) c->closing = "ten wrong passwords";
+    return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
+}
+
+/* AUTH password, or AUTH default password. */
 static bool cmd_auth(struct conn *c) {
     struct slice user = c->argc == 3 ? c->argv[1] : str("default");
     if (c->argc > 3) return fail(c, "ERR syntax error");
@@ -1510,14 +1542,159 @@ static bool cmd_auth(struct conn *c) {
         return fail(c,
                     "ERR AUTH <password> called without any password configured for the "
                     "default user. Are you sure your configuration is correct?");
-    bool is_user = user.len == 7 && memcmp(user.p, "default", 7) == 0;
-    if (is_user && (password[0] == 0 || is_password(c->argv[c->argc - 1]))) {
-        log_in(c);
-        return reply_status(c, "OK");
+    return authenticate(c, user, c->argv[c->argc - 1]) && reply_status(c, "OK");
+}
+
+/* An item of HELLO's reply, which in RESP is a name and a value. */
+static void reply_item(struct conn *c, const char *name, const char *value) {
+    struct text line;
+    snprintf(line.text, sizeof line, "%s:%s", name, value);
+    if (!c->resp) {
+        reply_line(c, "", str(line.text));
+        return;
     }
-    c->wrong_passwords++;
-    if (c->wrong_passwords == 10) c->closing = "ten wrong passwords";
-    return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
+    reply_value(c, str(name));
+    reply_value(c, str(value));
+}
+
+static void reply_int_item(struct conn *c, const char *name, int64_t n) {
+    struct text line;
+    snprintf(line.text, sizeof line, "%s:%" PRId64, name, n);
+    if (c->resp) reply_value(c, str(name));
+    if (c->resp) reply_int(c, n);
+    else reply_line(c, "", str(line.text));
+}
+
+/* HELLO [2|3 [AUTH default password] [SETNAME name]]: what client libraries begin with.
+   Nobody asks for the name, so it is not kept. */
+static bool cmd_hello(struct conn *c) {
+    int64_t version = c->resp3 ? 3 : 2;
+    size_t auth = 0; /* where in argv AUTH is */
+    if (c->argc > 1 && !parse_int(c->argv[1], &version))
+        return fail(c, "ERR Protocol version is not an integer or out of range");
+    if (version != 2 && version != 3)
+        return fail(c, "NOPROTO unsupported protocol version");
+    for (size_t i = 2; i < c->argc;) {
+        bool is_auth = word_is(c->argv[i], "AUTH") && i + 2 < c->argc;
+        bool is_name = word_is(c->argv[i], "SETNAME") && i + 1 < c->argc;
+        if (!is_auth && !is_name)
+            return fail(c, "ERR Syntax error in HELLO option '%s'",
+                        show(c->argv[i]).text);
+        if (is_auth) auth = i;
+        i += is_auth ? 3 : 2;
+    }
+    if (auth > 0) {
+        struct slice user = c->argv[auth + 1], word = c->argv[auth + 2];
+        if (!authenticate(c, user, word)) return false;
+    }
+    if (!c->authed)
+        return fail(
+            c, "NOAUTH HELLO must be called with the client already authenticated, "
+               "otherwise the HELLO <proto> AUTH <user> <pass> option can be used to "
+               "authenticate the client and select the RESP protocol version at the "
+               "same time");
+    c->resp3 = version == 3;
+    if (c->resp && c->resp3) buf_add_header(&c->out, '%', 6);
+    else list_start(c, 12);
+    reply_item(c, "server", "kv");
+    reply_item(c, "version", KV_VERSION);
+    reply_int_item(c, "proto", version);
+    reply_int_item(c, "id", c->id);
+    reply_item(c, "mode", "standalone");
+    reply_item(c, "role", "master");
+    return list_end(c, 6, "item");
+}
+
+/* --- INFO ---------------------------------------------------------------------------- */
+
+/* How many commands have been run. Each connection counts in one of many counters: with
+   one for all, every request would wait for its cache line. */
+static struct { _Alignas(64) atomic_ullong commands; } counters[64];
+
+static int64_t started_us; /* on the monotonic clock */
+
+static int64_t aof_size(void);
+
+/* Adds up what the shards count. */
+static void add_up(struct table *table, struct shard *sum) {
+    for (long i = 0; i < opt.shards; i++) {
+        struct shard *s = &shards[i];
+        pthread_mutex_lock(&s->lock);
+        table->count += s->table.count;
+        table->heap_len += s->table.heap_len;
+        table->bytes += s->table.bytes;
+        sum->hits += s->hits;
+        sum->misses += s->misses;
+        sum->expired += s->expired;
+        pthread_mutex_unlock(&s->lock);
+    }
+}
+
+/* Whether INFO is to show a section: all if none is named. */
+static bool shows_section(const struct conn *c, const char *section) {
+    bool shows = c->argc == 1;
+    for (size_t i = 1; i < c->argc; i++) {
+        struct slice word = c->argv[i];
+        if (word_is(word, section) || word_is(word, "all")) shows = true;
+        if (word_is(word, "default") || word_is(word, "everything")) shows = true;
+    }
+    return shows;
+}
+
+/* A field is a line name:value. RESP has them in one string, a heading before each
+   section; text has only the lines. */
+static bool cmd_info(struct conn *c) {
+    struct table table = {0};
+    struct shard sum = {.hits = 0};
+    unsigned long long run = 0;
+    char keyspace[64];
+    add_up(&table, &sum);
+    for (int i = 0; i < 64; i++) run += counters[i].commands;
+    snprintf(keyspace, sizeof keyspace, "keys=%zu,expires=%zu", table.count,
+             table.heap_len);
+    const struct {
+        const char *section, *name, *text; /* text NULL: it is a number */
+        int64_t number;
+    } fields[] = {
+        {"Server", "kv_version", KV_VERSION, 0},
+        {"Server", "uptime_in_seconds", NULL, (monotonic_us() - started_us) / 1000000},
+        {"Clients", "connected_clients", NULL, clients},
+        {"Clients", "maxclients", NULL, opt.max_clients},
+        {"Memory", "used_memory", NULL, (int64_t)table.bytes},
+        {"Persistence", "loading", NULL, 0},
+        {"Persistence", "aof_enabled", NULL, opt.aof ? 1 : 0},
+        {"Persistence", "aof_current_size", NULL, aof_size()},
+        {"Stats", "total_connections_received", NULL, connections},
+        {"Stats", "total_commands_processed", NULL, (int64_t)run},
+        {"Stats", "expired_keys", NULL, (int64_t)sum.expired},
+        {"Stats", "keyspace_hits", NULL, (int64_t)sum.hits},
+        {"Stats", "keyspace_misses", NULL, (int64_t)sum.misses},
+        {"Replication", "role", "master", 0},
+        {"Keyspace", "db0", keyspace, 0},
+    };
+    struct buf all = {0};
+    const char *section = "";
+    size_t n = 0;
+    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+        char line[128], number[24];
+        if (!shows_section(c, fields[i].section)) continue;
+        if (c->resp && strcmp(section, fields[i].section) != 0) {
+            section = fields[i].section;
+            snprintf(line, sizeof line, "%s# %s\r\n", n > 0 ? "\r\n" : "", section);
+            buf_add_text(&all, line);
+        }
+        snprintf(number, sizeof number, "%" PRId64, fields[i].number);
+        const char *value = fields[i].text ? fields[i].text : number;
+        const char *line_end = c->crlf ? "\r\n" : "\n";
+        snprintf(line, sizeof line, "%s:%s%s", fields[i].name, value, line_end);
+        buf_add_text(&all, line);
+        n++;
+    }
+    if (all.failed) c->out.failed = true;
+    if (c->resp) reply_value(c, (struct slice){all.p, all.len});
+    else buf_add(&c->out, all.p, all.len);
+    free(all.p);
+    return list_end(c, n, "field");
 }
 
 /* --- The table of commands, and running one ------------------------------------------ */
@@ -1535,6 +1712,7 @@ static const struct command commands[] = {
     {"PING", "[message]", 1, 2, OPEN, cmd_ping, "are you there?", "PONG, or the message"},
     {"INCR", "key", 2, 2, KEY | WRITES, cmd_incr, "add 1; no key is 0", "the sum"},
     {"DEL", "key...", 2, ANY, WRITES, cmd_del, "remove keys", "how many there were"},
+    {"UNLINK", "key...", 2, ANY, WRITES, cmd_del, "remove keys", "how many there were"},
     {"DECR", "key", 2, 2, KEY | WRITES, cmd_decr, "subtract 1", "the difference"},
     {"INCRBY", "key n", 3, 3, KEY | WRITES, cmd_incrby, "add n", "the sum"},
     {"DECRBY", "key n", 3, 3, KEY | WRITES, cmd_decrby, "subtract n", "the difference"},
@@ -1557,7 +1735,10 @@ static const struct command commands[] = {
     {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, "remove all keys", "OK"},
     {"ECHO", "message", 2, 2, 0, cmd_echo, "repeat the message", "the message"},
     {"HELP", "[command]", 1, 2, OPEN, cmd_help, "this list, or one command", "lines"},
+    {"INFO", "[section]", 1, ANY, 0, cmd_info, "how the server is", "name:value, ..."},
     {"AUTH", "[default] password", 2, ANY, OPEN, cmd_auth, "log in", "OK"},
+    {"HELLO", "[2|3 [AUTH default password] [SETNAME name]]", 1, ANY, OPEN, cmd_hello,
+     "choose RESP2 or RESP3", "name:value, ..."},
     {"QUIT", "", 1, ANY, OPEN, cmd_quit, "close the connection", "OK"},
     {"SELECT", "0", 2, 2, 0, cmd_select, "there is one database", "OK"},
     {"POST", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
@@ -1636,7 +1817,7 @@ static bool run_request(struct conn *c) {
 static void log_request(const struct conn *c, const char *client, int64_t us) {
     char line[512], *end = line;
     char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
-    bool is_auth = c->cmd && c->cmd->run == cmd_auth;
+    bool is_auth = c->cmd && (c->cmd->run == cmd_auth || c->cmd->run == cmd_hello);
     bool is_secret = is_auth || !c->authed || (!c->cmd && password[0] != 0);
     size_t shown = is_secret ? 1 : c->argc;
     for (size_t i = 0; i < shown && end < last; i++) {
@@ -1648,9 +1829,6 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 }
 
 /* === 9 Connections ================================================================= */
-
-static atomic_long clients; /* connections that count for --max-clients */
-static atomic_long threads; /* of connections, also those that only linger */
 
 static bool aof_commit(uint64_t upto);
 
@@ -1759,6 +1937,7 @@ static void run_requests(struct conn *c, const char *client) {
         run_request(c);
         if (is_logged(COMMAND)) log_request(c, client, monotonic_us() - start);
         c->replies++;
+        counters[c->fd % 64].commands++;
         if (c->out.len + c->logged >= IO_CHUNK) send_replies(c);
     }
 }
@@ -1778,7 +1957,7 @@ static void hang_up(int fd, int ms) {
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
-    struct conn c = {.fd = (int)(intptr_t)arg};
+    struct conn c = {.fd = (int)(intptr_t)arg, .id = ++connections};
     struct text client = {""};
     if (is_logged(CLIENT)) client = address_of(c.fd, getpeername);
     say(CLIENT, "%s connected", client.text);
@@ -2085,6 +2264,12 @@ static void aof_open(void) {
     aof.fd = fd;
 }
 
+/* The size of the file in bytes, for INFO. */
+static int64_t aof_size(void) {
+    struct stat st;
+    return aof.fd >= 0 && fstat(aof.fd, &st) == 0 ? st.st_size : 0;
+}
+
 /* Writes and syncs what is left. Returns whether all is safe, in a file that has a name. */
 static bool aof_close(void) {
     struct stat st;
@@ -2313,6 +2498,7 @@ static void accept_clients(int listener) {
 
 int main(int argc, char **argv) {
     pthread_t expiry;
+    started_us = monotonic_us();
     parse_options(argc, argv);
     if (opt.help || opt.version) {
         print_help();
