@@ -344,7 +344,7 @@ struct conn {
     size_t pos;                  /* offset in in.p of the next request */
     size_t scanned;              /* so many bytes from pos on hold no newline */
     struct buf out;              /* replies that are not sent yet */
-    int blocking_reads;          /* so many reads block at once: see look_for_input */
+    int no_yields;               /* so many calls of yield do nothing */
 
     /* Since replies were last sent: */
     size_t replies; /* so many are in out */
@@ -1830,7 +1830,23 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-static bool aof_commit(uint64_t upto);
+/* Lets other threads run. Where other programs want the processor, a yield gives them a
+   time slice of some ms. So after one that took SLOW_US, which is more than kv's threads
+   mostly need and less than a slice, the next PAUSE yields of this connection do nothing.
+   Returns false then, and after a slow one: it is better to block. */
+static bool yield(struct conn *c) {
+    enum { SLOW_US = 2500, PAUSE = 200 };
+    if (c->no_yields > 0) {
+        c->no_yields--;
+        return false;
+    }
+    int64_t start = monotonic_us();
+    sched_yield();
+    if (monotonic_us() - start > SLOW_US) c->no_yields = PAUSE;
+    return c->no_yields == 0;
+}
+
+static bool aof_commit(struct conn *c);
 
 /* Replaces all replies by MISCONF, in the form of the last request. */
 static void replace_replies(struct conn *c) {
@@ -1843,7 +1859,7 @@ static void replace_replies(struct conn *c) {
    become MISCONF. Blocks until the client has taken them, up to --timeout. Sets closing
    on failure. */
 static void send_replies(struct conn *c) {
-    if (!aof_commit(c->seen) && c->writes) replace_replies(c);
+    if (!aof_commit(c) && c->writes) replace_replies(c);
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
     size_t sent = 0, len = c->out.failed ? 0 : c->out.len;
     while (sent < len) {
@@ -1876,26 +1892,16 @@ static ssize_t receive(struct conn *c, int flags) {
 
 /* Looks for input without blocking, and lets other threads run before each look. To be
    woken costs more than some looks, so a client that soon asks again is answered sooner.
-   That is wrong where other programs want the processor: a yield then gives them a time
-   slice of some ms. So after a yield of SLOW_US, which is more than kv's own threads mostly
-   need and less than a slice, this thread blocks at once in its next PAUSE reads. With more
-   than FEW_CLIENTS it always does, for there is mostly another one to serve. Returns as
-   recv does; -1 and EAGAIN: there is no input, or it has not looked. */
+   With more than FEW_CLIENTS there is mostly another one to serve, so it does not look.
+   Returns as recv does; -1 and EAGAIN: there is no input, or it has not looked. */
 static ssize_t look_for_input(struct conn *c) {
-    enum { FEW_CLIENTS = 256, LOOKS = 20, SLOW_US = 2500, PAUSE = 200 };
+    enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
     errno = EAGAIN;
-    if (c->blocking_reads > 0) c->blocking_reads--;
-    else if (clients <= FEW_CLIENTS) {
-        for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
-            int64_t start = monotonic_us();
-            sched_yield();
-            bool is_slow = monotonic_us() - start > SLOW_US;
-            n = receive(c, MSG_DONTWAIT);
-            if (!is_slow) continue;
-            c->blocking_reads = PAUSE;
-            break;
-        }
+    if (clients > FEW_CLIENTS) return n;
+    for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
+        if (!yield(c)) break;
+        n = receive(c, MSG_DONTWAIT);
     }
     return n;
 }
@@ -1991,9 +1997,9 @@ static void *conn_main(void *arg) {
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
-    pthread_mutex_t lock; /* guards the next two */
-    struct buf gathered;  /* records, and room for the checksum line behind them */
-    uint64_t end;         /* the last record */
+    pthread_mutex_t lock;     /* guards the next two; end is read without it, too */
+    struct buf gathered;      /* records, and room for the checksum line behind them */
+    atomic_uint_fast64_t end; /* the last record */
 
     pthread_mutex_t writer; /* guards the next three, and writing */
     struct buf batch;       /* what is on its way to the file; empty: nothing */
@@ -2094,27 +2100,33 @@ static bool write_batch(void) {
     return true;
 }
 
-/* Waits until the record upto is safe: written, and with --fsync always on the disk.
-   Group commit: the first thread
-   that comes writes for all that have come. Those that come meanwhile wait for the lock;
-   the first of them writes for all of them, and the others find it done. It may take two
-   batches, where the first was left over from a failure. Returns false when writing
-   fails. */
-static bool aof_commit(uint64_t upto) {
-    if (aof.safe >= upto) return true;
+/* An fsync takes long, and many records can share one. So lets other threads run as long
+   as they append. */
+static void let_others_append(struct conn *c) {
+    uint64_t end;
+    do end = aof.end;
+    while (yield(c) && aof.end > end);
+}
+
+/* Waits until the last record that c has seen is safe: written, and with --fsync always on
+   the disk. Group commit: the first thread that comes writes for all that have come. Those
+   that come meanwhile wait for the lock; the first of them writes for all of them, and the
+   others find it done. It may take two batches, where the first was left over from a
+   failure. Returns false when writing fails. */
+static bool aof_commit(struct conn *c) {
+    if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
+    if (fsync_policy == FSYNC_ALWAYS) let_others_append(c);
     pthread_mutex_lock(&aof.writer);
-    while (aof.safe < upto && !aof.broken) write_batch();
+    while (aof.safe < c->seen && !aof.broken) write_batch();
     pthread_mutex_unlock(&aof.writer);
-    return aof.safe >= upto;
+    return aof.safe >= c->seen;
 }
 
 /* Writes all there is, also after a failure. Returns false if it fails again. */
 static bool aof_write_all(void) {
     bool ok = true;
-    pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    pthread_mutex_unlock(&aof.lock);
     pthread_mutex_lock(&aof.writer);
     while (ok && aof.safe < end) ok = write_batch();
     pthread_mutex_unlock(&aof.writer);
