@@ -19,17 +19,17 @@
  *                         has passed its deadline  ---------------+    v
  *                                                    file  <----  append-only log
  *
- * A key belongs to one shard; its hash says to which. A shard is a hash table (key to
+ * A key belongs to one shard, which its hash decides. A shard is a hash table (key to
  * value) and a heap (what expires next), and one mutex that guards both: two connections
  * wait for each other only when their keys are in the same shard.
  *
  * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
  * No thread reads, sends, writes or sleeps with one of these two. The thread that writes
- * the file holds a third lock, the writer's, and takes no shard lock meanwhile. Inside any
- * of them a thread may log a line, under a lock of its own that nobody keeps for long.
- * All else that threads share is atomic, or set before they start. To lock a mutex that is
- * initialized and not held by the same thread cannot fail, so nothing checks it.
+ * the file holds a third lock, the writer's, and takes no shard lock meanwhile. The log on
+ * stderr has a lock of its own, which is held for one line. All else that threads share is
+ * atomic, or set before they start. pthread_mutex_lock fails only where it is misused, so
+ * its result is not checked.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
@@ -80,8 +80,7 @@ struct text {
     char text[272];
 };
 
-/* How far the server is on its way to its end. (To read, set or count up an atomic
-   variable with the usual operators is atomic.) */
+/* How far the shutdown has got. (Reads, =, ++ and -- of an _Atomic variable are atomic.) */
 enum stage {
     SERVING,
     ANSWERING, /* a signal came: answer what has arrived, then close */
@@ -342,14 +341,14 @@ struct conn {
     const char *closing;         /* why to close once the replies are sent; NULL: go on */
     struct buf in;               /* what was read */
     size_t pos;                  /* offset in in.p of the next request */
-    size_t scanned;              /* so many bytes from pos on hold no newline */
+    size_t scanned;              /* bytes from pos on in which no newline was found */
     struct buf out;              /* replies that are not sent yet */
-    int no_yields;               /* so many calls of yield do nothing */
+    int no_yields;               /* how many further calls of yield do nothing */
 
     /* Since replies were last sent: */
-    size_t replies; /* so many are in out */
-    bool writes;    /* one of the requests writes */
-    size_t logged;  /* bytes of keys and values that went to the append-only file */
+    size_t replies;  /* so many are in out */
+    bool writes;     /* one of the requests writes */
+    size_t recorded; /* bytes of keys and values for the append-only file */
     uint64_t seen; /* number of the last record that a reply may reveal, see section 10 */
 
     /* The request at hand: */
@@ -444,15 +443,16 @@ static const char escape_bytes[] = {'\\', '\n', '\r', '\t', '"'};
 static bool is_hex(char c) { return isxdigit((unsigned char)c) != 0; }
 
 /* escape = "\" ("\" | "n" | "r" | "t" | "\"" | "x" hex hex)
-   Decodes the escape at from to *to. Returns where it ends, or NULL if there is none. It
-   stops at the first byte that does not fit, at the latest at the line's end. */
-static char *unescape(char *from, char *to) {
+   Decodes the escape at from to *to. Returns where it ends, or NULL if there is none
+   before end. */
+static char *unescape(char *from, char *end, char *to) {
+    if (end - from < 2) return NULL;
     const char *letter = memchr(escape_letters, from[1], sizeof escape_letters);
     if (letter) {
         *to = escape_bytes[letter - escape_letters];
         return from + 2;
     }
-    if (from[1] != 'x') return NULL;
+    if (end - from < 4 || from[1] != 'x') return NULL;
     if (!is_hex(from[2]) || !is_hex(from[3])) return NULL;
     char digits[] = {from[2], from[3], 0};
     *to = (char)strtol(digits, NULL, 16);
@@ -467,7 +467,7 @@ static enum outcome take_quoted(struct conn *c, char **at, char *end) {
     char *from = start, *to = start;
     while (from < end && *from != mark) {
         bool is_escape = mark == '"' && *from == '\\';
-        char *next = is_escape ? unescape(from, to) : from + 1;
+        char *next = is_escape ? unescape(from, end, to) : from + 1;
         if (!next)
             return fail_line(
                 c, "ERR bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH");
@@ -571,23 +571,24 @@ static enum outcome take_array(struct conn *c) {
 }
 
 /* Takes the next request off the input into argv. Returns false when none has arrived in
-   full. The words are valid until more is read. */
+   full. argc is 0 if there is nothing to run: a line without words, or a request that was
+   wrong and has been answered. The words are valid until more is read. */
 static bool next_request(struct conn *c) {
-    while (!c->closing && c->pos < c->in.len) {
-        char first = c->in.p[c->pos];
-        bool old_resp = c->resp, old_crlf = c->crlf;
-        c->argc = 0;
-        c->resp = first == '*';
-        if (first == '\xff') c->closing = "interrupted by telnet"; /* by Ctrl-C */
-        if (c->closing) return false;
-        enum outcome request = c->resp ? take_array(c) : take_line(c);
-        if (request == COMPLETE && c->argc > 0) return true;
-        if (request != INCOMPLETE) continue;
-        c->resp = old_resp; /* of the last request that was run */
-        c->crlf = old_crlf;
+    if (c->closing || c->pos == c->in.len) return false;
+    if (c->in.p[c->pos] == '\xff') { /* Ctrl-C in telnet */
+        c->closing = "interrupted by telnet";
         return false;
     }
-    return false;
+    bool old_resp = c->resp, old_crlf = c->crlf;
+    c->argc = 0;
+    c->resp = c->in.p[c->pos] == '*';
+    enum outcome request = c->resp ? take_array(c) : take_line(c);
+    if (request == WRONG) c->argc = 0;
+    if (request == INCOMPLETE || (request == COMPLETE && c->argc == 0)) {
+        c->resp = old_resp; /* nothing to answer: if the replies in out are to become */
+        c->crlf = old_crlf; /* MISCONF, they need the form of the request before */
+    }
+    return request != INCOMPLETE;
 }
 
 /* === 4 Replies ===================================================================== */
@@ -596,7 +597,7 @@ static bool next_request(struct conn *c) {
    others true. So a command can end with return reply_...(). */
 
 /* Whether a reply must quote s: bare it could be taken for an error, the end of a list or
-   a quoted value. as_word: also if a request could not hold it bare. */
+   a quoted value. as_word: also if s, sent back bare in a request, would not be one word. */
 static bool needs_quotes(struct slice s, bool as_word) {
     if (s.len == 0) return true;
     char first = s.p[0], last = s.p[s.len - 1];
@@ -610,8 +611,8 @@ static bool needs_quotes(struct slice s, bool as_word) {
 }
 
 /* Writes s as a double-quoted word to to, which has room for 4 * s.len + 2 bytes. Returns
-   where it ends. A double quote becomes \x22, which bash's printf %b knows, too. (With
-   sprintf in place of hex it takes fifty times as long, under a shard's lock.) */
+   where it ends. A double quote becomes \x22, which bash's printf %b knows, too. (This
+   runs under a shard's lock, and sprintf would take fifty times as long as hex.) */
 static char *quote(char *to, struct slice s) {
     static const char hex[] = "0123456789abcdef";
     *to++ = '"';
@@ -749,7 +750,9 @@ static void sip_round(uint64_t v[4]) {
 
 /* SipHash-1-3 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012): one
    round for each eight bytes and three at the end. The last word has the bytes that are
-   left and, as its highest byte, the length. */
+   left and, as its highest byte, the length. The numbers here and in sip_round are the
+   paper's. What kv needs of it: the same key and bytes have the same hash, and nobody can
+   foretell it without the key. */
 static uint64_t siphash(const uint64_t key[2], struct slice s) {
     uint64_t v[4] = {
         key[0] ^ 0x736f6d6570736575,
@@ -1014,7 +1017,7 @@ static void *expiry_main(void *unused) {
         for (long i = 0; i < opt.shards; i++) {
             if (expire_some(&shards[i])) more = true;
         }
-        /* Also if there is more let others have the lock: there may be only one shard. */
+        /* Sleep even if there is more: others want the lock, and there may be one shard. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1041,12 +1044,18 @@ struct command {
 /* --- The store ----------------------------------------------------------------------
 
    The order of a change: first allocate what it needs, then append its record to the
-   append-only file's buffer, and only then change the table, which cannot fail. So when
-   memory is out nothing has been changed, here or there. All this is done while the
-   key's shard is locked: the file has the order in which things happened. */
+   append-only file's buffer, and only then change the table. That last step cannot fail.
+   So when memory is out nothing has been changed, here or there. All this is done while
+   the key's shard is locked: the file has the order in which things happened.
 
-/* Appends a record of n words, and sets *end to its number; see section 10. */
-static bool aof_append(const struct slice *words, size_t n, uint64_t *end);
+   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and with
+   --fsync always on the disk. Before a reply is sent, the records that it reveals must be
+   safe, also to other clients: if B reads what A has stored, and a crash then undoes it, B
+   knows something that never was. c->seen is the last record that must be safe. */
+
+/* Appends a record of n words, and sets *number to its number; without --aof does nothing.
+   Returns false when memory is out. */
+static bool aof_append(const struct slice *words, size_t n, uint64_t *number);
 
 static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
 
@@ -1057,7 +1066,7 @@ static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
     struct slice record[] = {
         str("SET"), c->key, value, str("PXAT"), str(ms), /* the last two not with NEVER */
     };
-    c->logged += c->key.len + value.len;
+    c->recorded += c->key.len + value.len;
     return aof_append(record, deadline == NEVER ? 3 : 5, &c->shard->appended);
 }
 
@@ -1067,6 +1076,7 @@ static bool remove_key(struct conn *c) {
     struct slice record[] = {str("DEL"), c->key};
     if (!c->entry) return true;
     if (!aof_append(record, 2, &c->shard->appended)) return fail_oom(c);
+    c->recorded += c->key.len;
     table_remove(&c->shard->table, c->entry);
     c->entry = NULL;
     return true;
@@ -1104,8 +1114,7 @@ static bool move_deadline(struct conn *c, int64_t deadline) {
     return true;
 }
 
-/* A reply may reveal what was last recorded about a shard that it looked at. So it must
-   not be sent before that record is safe. */
+/* A reply may reveal what was last recorded about a shard that it looked at. */
 static void note_seen(struct conn *c, const struct shard *s) {
     if (c->seen < s->appended) c->seen = s->appended;
 }
@@ -1170,18 +1179,9 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
     return true;
 }
 
-/* What may follow SET key value. Each word excludes others, and if it says a time, a
-   number of units of so many ms follows: from now, or AT: from 1970. */
-enum {
-    NX = 1,
-    XX = 2,
-    KEEPTTL = 4,
-    EX = 8,
-    PX = 16,
-    EXAT = 32,
-    PXAT = 64,
-    AT = EXAT | PXAT
-};
+/* What may follow SET key value. Some words exclude each other. EX, PX, EXAT and PXAT are
+   followed by a number, in units of so many ms, from now or (AT) from 1970. */
+enum { NX = 1, XX = 2, KEEPTTL = 4, EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
 static const struct set_word {
     const char *name;
     int flag, excludes;
@@ -1220,14 +1220,14 @@ static bool cmd_set(struct conn *c) {
         time = w;
     }
     int64_t deadline = flags & KEEPTTL ? key_deadline(c) : NEVER;
-    int64_t base = flags & AT ? 0 : now_ms();
+    int64_t base = flags & (EXAT | PXAT) ? 0 : now_ms();
     if (time && !parse_deadline(c, number, time->unit, base, 1, &deadline)) return false;
     bool unwanted = c->entry ? flags & NX : flags & XX;
     if (unwanted) return reply_nil(c);
     return store(c, c->argv[2], deadline) && reply_status(c, "OK");
 }
 
-/* Each key of DEL and of EXISTS is locked for itself. */
+/* DEL and EXISTS lock their keys one after the other, not together. */
 static bool cmd_del(struct conn *c) {
     int64_t n = 0;
     bool ok = true;
@@ -1315,8 +1315,9 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ------------------------------------------------------------------------ */
 
-/* Whether b is in the class at *at, which moves behind it.
-   class = "[" ["^"] { byte | byte "-" byte | "\" byte } ["]"] */
+/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends it,
+   too. In [a-] the ] is the end of a range, as in Redis.
+   class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
     bool match = false, negate = p < end && *p == '^';
@@ -1346,26 +1347,30 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. After a mismatch the last star takes one byte more,
-   and none of the stars before it: whatever they could take, the last one can take, too.
-   So the time is at most the product of both lengths, never exponential. Example: *a*b
-   and xaxab. The first star takes x; once the first a has matched only the second star
-   takes more. Once the server gives up nothing matches any more. */
+/* Whether s matches a glob pattern. Where an item does not match, it goes back to the last
+   star, which takes one byte more. It need not go back to a star before that one: the
+   earlier star took as little as it could, so it left as much as possible to the last one.
+   So the time is at most the product of both lengths, never exponential. *a*b and xaxab:
+
+        x is no a, so the first star takes x;  a matches a;  x is no b, so the second star
+        takes x;  a is no b, so it takes a, too;  b matches b.
+
+   Once the server gives up nothing matches any more. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *star = NULL;  /* what is behind the last star */
-    size_t i = 0, star_i = 0; /* where in s that star's bytes end, as of now */
+    size_t i = 0, star_i = 0; /* where in s the bytes end that this star takes */
     while (i < s.len || p < end) {
         const char *next = p;
         bool has_both = p < end && i < s.len;
-        if (p < end && *p == '*') {
+        if (p < end && *p == '*') { /* a star, which takes nothing at first */
             p++;
             star = p;
             star_i = i;
-        } else if (has_both && match_item(&next, end, s.p[i])) {
+        } else if (has_both && match_item(&next, end, s.p[i])) { /* go on */
             p = next;
             i++;
-        } else if (star && star_i < s.len && stopping != GIVING_UP) {
+        } else if (star && star_i < s.len && stopping != GIVING_UP) { /* go back */
             star_i++;
             p = star;
             i = star_i;
@@ -1448,7 +1453,8 @@ static bool cmd_flush(struct conn *c) {
     struct table *old = calloc((size_t)opt.shards, sizeof *old);
     if (!old) return fail_oom(c);
     for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
-    bool ok = aof_append(record, 1, &c->seen); /* now the highest number there is */
+    /* All shards are locked, so no record has a higher number. Without --aof all are 0. */
+    bool ok = aof_append(record, 1, &c->seen);
     for (long i = 0; i < opt.shards; i++) {
         if (ok) {
             old[i] = shards[i].table;
@@ -1502,13 +1508,14 @@ static bool cmd_transaction(struct conn *c) {
 /* The first line of --password-file; empty: nobody needs one. */
 static char password[1024];
 
-/* Takes the same time wherever the word is wrong, so the time tells nothing about the
+/* Takes the same time whichever byte is wrong, so the time tells nothing about the
    password. */
 static bool is_password(struct slice word) {
     size_t len = strlen(password);
     bool ok = word.len == len;
     for (size_t i = 0; i < word.len; i++)
-        if (word.p[i] != password[i % sizeof password]) ok = false; /* %: a long word */
+        if (word.p[i] != password[i % sizeof password])
+            ok = false; /* %: word may be longer */
     return ok;
 }
 
@@ -1616,7 +1623,7 @@ static int64_t started_us; /* on the monotonic clock */
 static int64_t aof_size(void);
 
 /* Adds up what the shards count. */
-static void add_up(struct table *table, struct shard *sum) {
+static void add_up(struct conn *c, struct table *table, struct shard *sum) {
     for (long i = 0; i < opt.shards; i++) {
         struct shard *s = &shards[i];
         pthread_mutex_lock(&s->lock);
@@ -1626,6 +1633,7 @@ static void add_up(struct table *table, struct shard *sum) {
         sum->hits += s->hits;
         sum->misses += s->misses;
         sum->expired += s->expired;
+        note_seen(c, s);
         pthread_mutex_unlock(&s->lock);
     }
 }
@@ -1648,7 +1656,7 @@ static bool cmd_info(struct conn *c) {
     struct shard sum = {.hits = 0};
     unsigned long long run = 0;
     char keyspace[64];
-    add_up(&table, &sum);
+    add_up(c, &table, &sum);
     for (int i = 0; i < 64; i++) run += counters[i].commands;
     snprintf(keyspace, sizeof keyspace, "keys=%zu,expires=%zu", table.count,
              table.heap_len);
@@ -1812,8 +1820,8 @@ static bool run_request(struct conn *c) {
     return ok;
 }
 
-/* Logs a request, its client and its time, but no words that may be a password: those may
-   also follow a command that somebody has mistyped. */
+/* Logs a request, its client and its time, but no words that may be a password. After a
+   mistyped AUTH the next word may be one, too. */
 static void log_request(const struct conn *c, const char *client, int64_t us) {
     char line[512], *end = line;
     char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
@@ -1830,10 +1838,11 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-/* Lets other threads run. Where other programs want the processor, a yield gives them a
-   time slice of some ms. So after one that took SLOW_US, which is more than kv's threads
-   mostly need and less than a slice, the next PAUSE yields of this connection do nothing.
-   Returns false then, and after a slow one: it is better to block. */
+/* Lets other threads that want the processor run first, and returns whether that is still
+   a good idea. If they are kv's, it takes some microseconds each. If they are other
+   programs, each takes a whole time slice of some ms. A yield of SLOW_US is more than the
+   first and less than the second. After one, the next PAUSE calls for this connection do
+   nothing and return false: the caller blocks instead. */
 static bool yield(struct conn *c) {
     enum { SLOW_US = 2500, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -1854,10 +1863,11 @@ static void replace_replies(struct conn *c) {
     for (size_t i = 0; i < c->replies; i++) fail(c, MISCONF ", the outcome is unknown");
 }
 
-/* Sends all replies, once what they reveal is safe in the append-only file. If the file
-   cannot be written and one of the requests writes, none of these replies may go out: all
-   become MISCONF. Blocks until the client has taken them, up to --timeout. Sets closing
-   on failure. */
+/* Sends all replies, once the records that they reveal are safe. Where the file cannot be
+   written there are two cases. If one of the requests writes, all replies become MISCONF.
+   If all only read, they are sent as they are, although they may reveal a change that a
+   crash now would undo: a full disk is no reason to stop reading. Blocks until the client
+   has taken the replies, up to --timeout. Sets closing on failure. */
 static void send_replies(struct conn *c) {
     if (!aof_commit(c) && c->writes) replace_replies(c);
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
@@ -1871,7 +1881,7 @@ static void send_replies(struct conn *c) {
             break;
         }
     }
-    c->out.len = c->replies = c->logged = 0;
+    c->out.len = c->replies = c->recorded = 0;
     c->writes = false;
     c->seen = 0;
 }
@@ -1890,10 +1900,10 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Looks for input without blocking, and lets other threads run before each look. To be
-   woken costs more than some looks, so a client that soon asks again is answered sooner.
-   With more than FEW_CLIENTS there is mostly another one to serve, so it does not look.
-   Returns as recv does; -1 and EAGAIN: there is no input, or it has not looked. */
+/* Looks for input up to LOOKS times without blocking, and yields before each look. Waking a
+   thread that blocks costs more than some looks, so a client that soon asks again gets its
+   reply sooner. With more than FEW_CLIENTS it does not look, for then there is mostly
+   another client to serve. Returns what recv does, or -1 and EAGAIN for no input. */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -1906,8 +1916,8 @@ static ssize_t look_for_input(struct conn *c) {
     return n;
 }
 
-/* The client has sent all that it will. If the server has not shut the connection down
-   itself, tells it about a line that has no end. */
+/* The client will send nothing more. Tells it about a line that has no end, unless it is
+   the server that has ended the input, to stop. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
     bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
@@ -1916,8 +1926,8 @@ static void end_input(struct conn *c) {
     fail_line(c, "ERR the last line has no newline: it may be cut short and is not run");
 }
 
-/* Waits for input, up to --timeout, and reads it behind what there is of a request. Says
-   in closing why no more will come. */
+/* Waits for input, up to --timeout, and appends it to what there is of a request. If there
+   will be no more, says in closing why. */
 static void read_more(struct conn *c) {
     struct buf *in = &c->in;
     in->len -= c->pos;
@@ -1936,21 +1946,24 @@ static void read_more(struct conn *c) {
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
-/* Runs all requests that have arrived in full. Sends replies now and then. */
+/* Runs all requests that have arrived in full. Sends replies in between when IO_CHUNK
+   bytes have gathered, in out and for the append-only file together: so both are bounded. */
 static void run_requests(struct conn *c, const char *client) {
     while (stopping != GIVING_UP && next_request(c)) {
-        int64_t start = is_logged(COMMAND) ? monotonic_us() : 0;
-        run_request(c);
-        if (is_logged(COMMAND)) log_request(c, client, monotonic_us() - start);
-        c->replies++;
-        counters[c->fd % 64].commands++;
-        if (c->out.len + c->logged >= IO_CHUNK) send_replies(c);
+        if (c->argc > 0) {
+            int64_t start = is_logged(COMMAND) ? monotonic_us() : 0;
+            run_request(c);
+            if (is_logged(COMMAND)) log_request(c, client, monotonic_us() - start);
+            c->replies++;
+            counters[c->fd % 64].commands++;
+        }
+        if (c->out.len + c->recorded >= IO_CHUNK) send_replies(c);
     }
 }
 
 /* Closes fd so that the client gets the last replies. Input that is still unread at close
-   makes TCP drop them. So this says that no more will come, and then reads until the
-   client closes, too, has been silent for ms, or has gone on sending for ms. */
+   makes TCP drop them. So this ends only our side first, and reads until the client closes
+   its side, has been silent for ms, or has gone on sending for ms. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
@@ -2023,10 +2036,9 @@ static void format_sum_line(char *to, struct slice bytes) {
     snprintf(to, SUM_LINE + 1, "#SUM:%016" PRIx64 "\r\n", siphash(checksum_key, bytes));
 }
 
-/* Appends a record of n words, and sets *end to its number. Called with the lock of the
-   shard that it is about, or all. Returns false when memory is out: nothing is appended
-   then. Without --aof does nothing. */
-static bool aof_append(const struct slice *words, size_t n, uint64_t *end) {
+/* Called with the lock of the shard that the record is about, or all. If memory is out,
+   nothing is appended. */
+static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
     struct buf *b = &aof.gathered;
     if (aof.fd < 0) return true;
     pthread_mutex_lock(&aof.lock);
@@ -2038,7 +2050,7 @@ static bool aof_append(const struct slice *words, size_t n, uint64_t *end) {
         buf_add_text(b, "\r\n");
     }
     bool ok = buf_reserve(b, SUM_LINE + 1); /* now, so that it cannot fail later */
-    if (ok) *end = ++aof.end;
+    if (ok) *number = ++aof.end;
     else *b = (struct buf){b->p, old_len, b->cap, false};
     pthread_mutex_unlock(&aof.lock);
     return ok;
@@ -2074,7 +2086,7 @@ static void take_batch(void) {
     b->len += SUM_LINE;
 }
 
-/* Writes the rest of the last batch, if that could not be written, else the next batch.
+/* Finishes the last batch, if it could not be written in full, else writes the next one.
    With --fsync always waits for the disk. Called with the writer's lock. Returns false
    when writing fails; the next call goes on where it stopped. A failed fsync ends the
    program, for then nothing is known about the file. */
@@ -2100,30 +2112,32 @@ static bool write_batch(void) {
     return true;
 }
 
-/* An fsync takes long, and many records can share one. So lets other threads run as long
-   as they append. */
+/* An fsync takes long, and many records can share one. So other threads may run as long as
+   they append more. */
 static void let_others_append(struct conn *c) {
-    uint64_t end;
-    do end = aof.end;
-    while (yield(c) && aof.end > end);
+    uint64_t end = 0;
+    while (aof.end > end) {
+        end = aof.end;
+        if (!yield(c)) return;
+    }
 }
 
-/* Waits until the last record that c has seen is safe: written, and with --fsync always on
-   the disk. Group commit: the first thread that comes writes for all that have come. Those
-   that come meanwhile wait for the lock; the first of them writes for all of them, and the
-   others find it done. It may take two batches, where the first was left over from a
-   failure. Returns false when writing fails. */
+/* Waits until the records that c has seen are safe. Group commit: the first thread that
+   comes writes for all that have come. Those that come meanwhile wait for the lock; the
+   first of them writes for all of them, and the others find it done. Returns false when
+   writing fails. */
 static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
     if (fsync_policy == FSYNC_ALWAYS) let_others_append(c);
     pthread_mutex_lock(&aof.writer);
-    while (aof.safe < c->seen && !aof.broken) write_batch();
+    if (aof.safe < c->seen && !aof.broken) write_batch();
     pthread_mutex_unlock(&aof.writer);
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is, also after a failure. Returns false if it fails again. */
+/* Writes all there is, also after a failure: first what that has left over. Returns false
+   if it fails again. */
 static bool aof_write_all(void) {
     bool ok = true;
     uint64_t end = aof.end;
@@ -2168,8 +2182,8 @@ static bool is_torn(struct slice file, size_t start) {
     return true;
 }
 
-/* Returns where the checksum line is that ends the batch at start, if that is right; else
-   NULL. */
+/* Returns the checksum line that ends the batch at start. Returns NULL if it is not right,
+   or if there is none. take_array only reads, so c->in may be a map of the file. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2198,8 +2212,10 @@ static void replay_record(struct conn *c) {
     exit(0);
 }
 
-/* Runs the file, which is in memory, batch by batch, each after its checksum was found to
-   be right. Returns how many bytes are good: the rest is torn. Damage ends the program. */
+/* Runs the file, which is mapped into memory, batch by batch, each after its checksum was
+   found to be right. c is a connection without a client. aof.fd is still -1, so that its
+   commands append nothing. Returns how many bytes are good: the rest is torn. Damage ends
+   the program. */
 static size_t replay(struct slice file) {
     struct conn c = {.resp = true, .authed = true};
     c.in = (struct buf){file.p, file.len, file.len, false};
@@ -2282,14 +2298,13 @@ static int64_t aof_size(void) {
     return aof.fd >= 0 && fstat(aof.fd, &st) == 0 ? st.st_size : 0;
 }
 
-/* Writes and syncs what is left. Returns whether all is safe, in a file that has a name. */
+/* Writes and syncs what is left. Returns whether all is safe, in a file that nobody has
+   deleted. */
 static bool aof_close(void) {
     struct stat st;
     bool ok = aof_write_all();
     if (!sync_file(aof.fd) || fstat(aof.fd, &st) < 0) die_of_aof("fsync");
     if (st.st_nlink == 0) say(ERROR, "%s was deleted while kv ran", opt.aof);
-    free(aof.gathered.p);
-    free(aof.batch.p);
     return ok && st.st_nlink > 0;
 }
 
@@ -2378,9 +2393,10 @@ static int listen_on(void) {
     set_option_of(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     bool bound =
         fcntl(fd, F_SETFL, O_NONBLOCK) == 0 && bind(fd, a->ai_addr, a->ai_addrlen) == 0;
+    int bind_error = errno;
     freeaddrinfo(all);
-    const char *hint = errno == EADDRINUSE ? "; -p 0 takes any free port" : "";
-    if (!bound) die(1, "%s port %s: %s%s", opt.bind, port, strerror(errno), hint);
+    const char *hint = bind_error == EADDRINUSE ? "; -p 0 takes any free port" : "";
+    if (!bound) die(1, "%s port %s: %s%s", opt.bind, port, strerror(bind_error), hint);
     struct text here = address_of(fd, getsockname);
     bool local =
         strncmp(here.text, "127.", 4) == 0 || strncmp(here.text, "[::1]", 5) == 0;
@@ -2469,7 +2485,7 @@ static void prepare_threads(pthread_attr_t *attributes) {
 }
 
 /* Shuts all connections down, in one direction or in both. It tries all descriptors that
-   there can be, so kv needs no list of its connections; only sockets mind. */
+   there can be, so kv needs no list of its connections; where one is no socket, shutdown just fails. */
 static void shut_down_all(int how) {
     int most = (int)sysconf(_SC_OPEN_MAX);
     for (int fd = 3; fd < most; fd++) (void)shutdown(fd, how);
@@ -2493,7 +2509,8 @@ static void stop_connections(void) {
     wait_for_threads(1000);
 }
 
-/* Accepts clients until a signal asks for the end, then those that had connected before. */
+/* Accepts clients until a signal asks for the end, and then, for half a second at most,
+   those that had connected before. */
 static void accept_clients(int listener) {
     pthread_attr_t attributes;
     struct pollfd input = {.fd = listener, .events = POLLIN};
@@ -2525,7 +2542,7 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    mallopt(M_ARENA_MAX, 2); /* or memory that one thread frees is of no use to others */
+    mallopt(M_ARENA_MAX, 2); /* heaps of glibc: what one thread frees others can use */
 #endif
     if (opt.aof) aof_open();
     int listener = listen_on();
@@ -2537,8 +2554,10 @@ int main(int argc, char **argv) {
     stop_connections();
     pthread_join(expiry, NULL);
     bool ok = !opt.aof || aof_close();
-    if (threads > 0) return ok ? 0 : 1; /* they may still use the tables */
+    if (threads > 0) return ok ? 0 : 1; /* they may still use what is freed now */
     for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
+    free(aof.gathered.p);
+    free(aof.batch.p);
     say(INFO, "stopped");
     return ok ? 0 : 1;
 }
