@@ -40,6 +40,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <libgen.h>
+#include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -2036,12 +2037,9 @@ static void format_sum_line(char *to, struct slice bytes) {
     snprintf(to, SUM_LINE + 1, "#SUM:%016" PRIx64 "\r\n", siphash(checksum_key, bytes));
 }
 
-/* Called with the lock of the shard that the record is about, or all. If memory is out,
-   nothing is appended. */
-static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
-    struct buf *b = &aof.gathered;
-    if (aof.fd < 0) return true;
-    pthread_mutex_lock(&aof.lock);
+/* Adds a record of n words to b, and makes room for a checksum line, so that this line
+   cannot fail later. Returns false when memory is out: b is as it was. */
+static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     size_t old_len = b->len;
     buf_add_header(b, '*', n);
     for (size_t i = 0; i < n; i++) {
@@ -2049,9 +2047,25 @@ static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
         buf_add(b, words[i].p, words[i].len);
         buf_add_text(b, "\r\n");
     }
-    bool ok = buf_reserve(b, SUM_LINE + 1); /* now, so that it cannot fail later */
+    if (buf_reserve(b, SUM_LINE + 1)) return true;
+    *b = (struct buf){b->p, old_len, b->cap, false};
+    return false;
+}
+
+/* Ends the batch in b with its checksum line. */
+static void end_batch(struct buf *b) {
+    struct slice records = {b->p, b->len};
+    format_sum_line(b->p + b->len, records);
+    b->len += SUM_LINE;
+}
+
+/* Called with the lock of the shard that the record is about, or all. If memory is out,
+   nothing is appended. */
+static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
+    if (aof.fd < 0) return true;
+    pthread_mutex_lock(&aof.lock);
+    bool ok = add_record(&aof.gathered, words, n);
     if (ok) *number = ++aof.end;
-    else *b = (struct buf){b->p, old_len, b->cap, false};
     pthread_mutex_unlock(&aof.lock);
     return ok;
 }
@@ -2071,7 +2085,7 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* Makes what has gathered the next batch, by a swap of two buffers. aof_append has made
+/* Makes what has gathered the next batch, by a swap of two buffers. add_record has made
    room for the checksum line. Called with the writer's lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
@@ -2081,9 +2095,7 @@ static void take_batch(void) {
     aof.gathered = empty;
     pthread_mutex_unlock(&aof.lock);
     aof.written = 0;
-    if (b->len == 0) return;
-    format_sum_line(b->p + b->len, (struct slice){b->p, b->len});
-    b->len += SUM_LINE;
+    if (b->len > 0) end_batch(b);
 }
 
 /* Finishes the last batch, if it could not be written in full, else writes the next one.
@@ -2202,6 +2214,7 @@ static void replay_record(struct conn *c) {
     size_t at = c->pos;
     c->argc = c->out.len = 0;
     bool ok = take_array(c) == COMPLETE && c->argc > 0 && run_request(c);
+    aof.end++;
     if (!ok || c->out.failed) {
         struct slice reply = {c->out.p, c->out.len};
         die(1, "%s: at byte %zu: %s", opt.aof, at,
@@ -2259,25 +2272,126 @@ static size_t replay_file(int fd, size_t size, const char *header) {
     return good;
 }
 
-/* Flushes the file's name to the disk, too. Some file systems cannot (EINVAL), and some
-   directories may not be opened. */
-static void sync_directory(void) {
-    char *path = strdup(opt.aof);
-    int fd = path ? open(dirname(path), O_RDONLY) : -1;
+/* Flushes the name of the file at path to the disk, too. Some file systems cannot (EINVAL),
+   and some directories may not be opened. */
+static void sync_directory(char *path) {
+    int fd = open(dirname(path), O_RDONLY);
     if (fd >= 0 && !sync_file(fd) && errno != EINVAL)
         die_of_aof("fsync of its directory");
     if (fd >= 0) close(fd);
-    free(path);
 }
 
-/* Opens, locks and replays the file. It may be a new one. */
-static void aof_open(void) {
+/* --- At the start: compaction -------------------------------------------------------- */
+
+/* Ends and writes the batch in b, and empties b. */
+static bool write_batch_to(int fd, struct buf *b) {
+    size_t written = 0;
+    end_batch(b);
+    while (written < b->len) {
+        ssize_t n = write(fd, b->p + written, b->len - written);
+        if (n < 0 && errno != EINTR) return false;
+        if (n > 0) written += (size_t)n;
+    }
+    b->len = 0;
+    return true;
+}
+
+/* Adds the record that makes the entry. */
+static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
+    char ms[24];
+    int64_t deadline = deadline_of(t, e);
+    struct slice key = {e->data, e->key_len};
+    snprintf(ms, sizeof ms, "%" PRId64, deadline);
+    struct slice record[] = {
+        str("SET"), key, entry_value(e), str("PXAT"), str(ms),
+    };
+    return add_record(b, record, deadline == NEVER ? 3 : 5);
+}
+
+/* Writes a file that makes all that is in the tables: an empty batch as the header, then
+   FLUSHALL, so that a program that follows the file by its name begins anew, then a SET
+   for each key, in batches. No other thread runs yet. Returns false on failure, and when a
+   signal asks for the end. */
+static bool write_tables(int fd) {
+    struct slice flush[] = {str("FLUSHALL")};
+    struct buf b = {0};
+    bool ok = buf_reserve(&b, SUM_LINE + 1) && write_batch_to(fd, &b);
+    ok = ok && add_record(&b, flush, 1);
+    for (long i = 0; i < opt.shards; i++) {
+        const struct table *t = &shards[i].table;
+        for (size_t bucket = 0; bucket < t->size; bucket++) {
+            for (struct entry *e = t->buckets[bucket]; e && ok; e = e->next)
+                ok = add_entry(&b, t, e);
+            if (b.len < IO_CHUNK) continue;
+            ok = ok && stopping == SERVING && write_batch_to(fd, &b);
+        }
+    }
+    ok = ok && write_batch_to(fd, &b) && sync_file(fd);
+    free(b.p);
+    return ok;
+}
+
+static bool lock_file(int fd) {
     struct flock whole_file = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    char header[SUM_LINE + 1];
-    format_sum_line(header, str(""));
+    return fcntl(fd, F_SETLK, &whole_file) == 0;
+}
+
+/* Writes a shorter file that is to replace the one at path, open as old. Returns its
+   descriptor, or -1. */
+static int write_compact(const char *name, const char *path, int old) {
+    struct stat st;
+    unlink(name); /* a leftover of a crash; mostly there is none */
+    int fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_APPEND, 0600);
+    if (fd < 0) return -1;
+    bool keeps_mode = fstat(old, &st) == 0 && fchmod(fd, st.st_mode & 07777) == 0;
+    if (keeps_mode && write_tables(fd) && lock_file(fd) && rename(name, path) == 0)
+        return fd;
+    unlink(name);
+    close(fd);
+    return -1;
+}
+
+/* Compacts the file at path, open as fd, if it holds more than twice the records that its
+   keys need. path is free of symbolic links, so those that lead there stay. Returns the
+   descriptor of the file that serves: the old one if it cannot be replaced, for that is no
+   reason not to start. A crash leaves the old file or the new one, whole. */
+static int compact(const char *path, int fd) {
+    char name[PATH_MAX + 16];
+    struct stat st;
+    uint64_t keys = 0;
+    for (long i = 0; i < opt.shards; i++) keys += shards[i].table.count;
+    if (aof.end <= 2 * keys + 1) return fd; /* 1: FLUSHALL */
+    /* A file of several names is left alone: a rename would change only one. */
+    if (fstat(fd, &st) < 0 || st.st_nlink != 1) return fd;
+    snprintf(name, sizeof name, "%s.compact", path);
+    int compacted = write_compact(name, path, fd);
+    if (compacted < 0) {
+        say(WARN, "%s is not compacted: %s", opt.aof, strerror(errno));
+        return fd;
+    }
+    close(fd);
+    return compacted;
+}
+
+/* Opens and locks the file. Sets path to its name free of symbolic links, which has room
+   for PATH_MAX bytes. Returns its descriptor. */
+static int open_and_lock(char *path) {
+    struct stat opened, named;
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
-    if (fd < 0) die_of_aof("open");
-    if (fcntl(fd, F_SETLK, &whole_file) < 0) die_of_aof("in use by another kv");
+    if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
+    if (!lock_file(fd)) die_of_aof("in use by another kv");
+    /* Another kv may have put a compacted file in its place between open and lock. */
+    bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
+    if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
+        die(1, "%s: in use by another kv", opt.aof);
+    return fd;
+}
+
+/* Opens, locks, replays and compacts the file. It may be a new one. */
+static void aof_open(void) {
+    char header[SUM_LINE + 1], path[PATH_MAX];
+    format_sum_line(header, str(""));
+    int fd = open_and_lock(path);
     off_t size = lseek(fd, 0, SEEK_END);
     if (size < 0) die_of_aof("read");
     if ((uintmax_t)size >= SIZE_MAX) die(1, "%s is too large for this machine", opt.aof);
@@ -2288,8 +2402,9 @@ static void aof_open(void) {
     if (ftruncate(fd, good) < 0) die_of_aof("truncate");
     if (good == 0 && write(fd, header, SUM_LINE) != SUM_LINE) die_of_aof("write");
     if (!sync_file(fd)) die_of_aof("fsync");
-    sync_directory();
-    aof.fd = fd;
+    aof.safe = aof.end;
+    aof.fd = compact(path, fd);
+    sync_directory(path);
 }
 
 /* The size of the file in bytes, for INFO. */
