@@ -26,10 +26,10 @@
  * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
  * No thread reads, sends, writes or sleeps with one of these two. The thread that writes
- * the file holds a third lock, the writer's, and takes no shard lock meanwhile. The log on
- * stderr has a lock of its own, which is held for one line. All else that threads share is
- * atomic, or set before they start. pthread_mutex_lock fails only where it is misused, so
- * its result is not checked.
+ * the file holds a third lock, the writer's, and inside it, for a moment, the buffer's, but
+ * no shard's. The log on stderr has a lock of its own, which is held for one line. All else
+ * that threads share is atomic, or set before they start. pthread_mutex_lock fails only
+ * where it is misused, so its result is not checked.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
@@ -197,8 +197,8 @@ static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
 /* Logs an error and ends the program. */
 #define die(status, ...) (say(ERROR, __VA_ARGS__), exit(status))
 
-/* Whether this is the first call in this second with this *last. It limits the lines that
-   strangers can provoke to one a second. */
+/* Whether no earlier call with the same last was in this second. It limits the log lines
+   that strangers can provoke to one a second. */
 static bool is_first_this_second(atomic_llong *last) {
     long long second = 1 + monotonic_us() / 1000000; /* *last starts with 0 */
     return atomic_exchange(last, second) != second;
@@ -350,7 +350,7 @@ struct conn {
     size_t replies;  /* so many are in out */
     bool writes;     /* one of the requests writes */
     size_t recorded; /* bytes of keys and values for the append-only file */
-    uint64_t seen; /* number of the last record that a reply may reveal, see section 10 */
+    uint64_t seen;   /* last change that a reply shows, see The store in section 8 */
 
     /* The request at hand: */
     bool resp;          /* it is RESP, and so is the reply; else both are text */
@@ -580,15 +580,10 @@ static bool next_request(struct conn *c) {
         c->closing = "interrupted by telnet";
         return false;
     }
-    bool old_resp = c->resp, old_crlf = c->crlf;
     c->argc = 0;
     c->resp = c->in.p[c->pos] == '*';
     enum outcome request = c->resp ? take_array(c) : take_line(c);
     if (request == WRONG) c->argc = 0;
-    if (request == INCOMPLETE || (request == COMPLETE && c->argc == 0)) {
-        c->resp = old_resp; /* nothing to answer: if the replies in out are to become */
-        c->crlf = old_crlf; /* MISCONF, they need the form of the request before */
-    }
     return request != INCOMPLETE;
 }
 
@@ -597,8 +592,8 @@ static bool next_request(struct conn *c) {
 /* The functions that reply return whether the request has succeeded: fail false, all
    others true. So a command can end with return reply_...(). */
 
-/* Whether a reply must quote s: bare it could be taken for an error, the end of a list or
-   a quoted value. as_word: also if s, sent back bare in a request, would not be one word. */
+/* Whether a reply must quote s: without quotes it could be taken for an error, the end of
+   a list or a quoted value. as_word: also if s, sent back bare in a request, would not be one word. */
 static bool needs_quotes(struct slice s, bool as_word) {
     if (s.len == 0) return true;
     char first = s.p[0], last = s.p[s.len - 1];
@@ -690,12 +685,12 @@ static bool reply_string(struct conn *c, struct slice s, bool quoted) {
     return reply_line(c, "", str(""));
 }
 
-/* A value, in text bare where it cannot be misread: two words. */
+/* A value. Text has it without quotes where it cannot be misread, with blanks in it, too. */
 static bool reply_value(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, false));
 }
 
-/* A value that in text can be sent back as a word: "two words". */
+/* A value that in text can be sent back as one word: with blanks in it, it has quotes. */
 static bool reply_word(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, true));
 }
@@ -960,7 +955,8 @@ static void heap_place(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its place. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its place. It comes
+   from another branch, so it may have to go up from there as well as down. */
 static void deadline_clear(struct table *t, struct entry *e) {
     if (e->slot == 0) return;
     struct deadline last = t->heap[t->heap_len];
@@ -989,7 +985,7 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 
 /* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
    get its lock soon. Returns whether there may be more. The append-only file gets no
-   record: it knows the deadlines. */
+   record: in a replay, a SET whose deadline has passed removes the key, see store. */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -1018,7 +1014,7 @@ static void *expiry_main(void *unused) {
         for (long i = 0; i < opt.shards; i++) {
             if (expire_some(&shards[i])) more = true;
         }
-        /* Sleep even if there is more: others want the lock, and there may be one shard. */
+        /* Sleep even if there is more: with one shard others would hardly get its lock. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1032,7 +1028,7 @@ enum { KEY = 1, WRITES = 2, OPEN = 4 };
 /* A row of the table of commands says all about one. The words that a request may have
    are counted with the name. run replies once, and returns what the reply returned. If
    the row says KEY, run is called with the key at hand locked and looked up: c->entry, or
-   NULL. It must not block. */
+   NULL. run must not block. */
 struct command {
     const char *name;
     const char *args; /* its syntax; NULL: HELP does not know it */
@@ -1051,8 +1047,9 @@ struct command {
 
    Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and with
    --fsync always on the disk. Before a reply is sent, the records that it reveals must be
-   safe, also to other clients: if B reads what A has stored, and a crash then undoes it, B
-   knows something that never was. c->seen is the last record that must be safe. */
+   safe, also when another client wrote them: if B reads what A has stored, and a crash then
+   undoes it, B knows something that never was. c->seen is the last record that must be safe. Its
+   number goes this way: aof_append, shard->appended, note_seen, c->seen, aof_commit. */
 
 /* Appends a record of n words, and sets *number to its number; without --aof does nothing.
    Returns false when memory is out. */
@@ -1060,7 +1057,8 @@ static bool aof_append(const struct slice *words, size_t n, uint64_t *number);
 
 static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
 
-/* Appends what the key at hand is from now on. Returns false when memory is out. */
+/* Appends a record of the new value and deadline of the key at hand. Returns false when
+   memory is out. */
 static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
     char ms[24];
     snprintf(ms, sizeof ms, "%" PRId64, deadline);
@@ -1083,8 +1081,9 @@ static bool remove_key(struct conn *c) {
     return true;
 }
 
-/* Gives the key at hand a value and a deadline, which may be NEVER; one that has passed
-   removes it. A value as long as the old one takes its place, which needs no memory. */
+/* Gives the key at hand a value and a deadline, which may be NEVER. If the deadline has
+   passed, the key is removed. A value of the same length is copied over the old one, which
+   needs no memory. */
 static bool store(struct conn *c, struct slice value, int64_t deadline) {
     struct table *t = &c->shard->table;
     if (has_passed(deadline)) return remove_key(c);
@@ -1115,7 +1114,7 @@ static bool move_deadline(struct conn *c, int64_t deadline) {
     return true;
 }
 
-/* A reply may reveal what was last recorded about a shard that it looked at. */
+/* Notes the last record about a shard: a reply may depend on it. */
 static void note_seen(struct conn *c, const struct shard *s) {
     if (c->seen < s->appended) c->seen = s->appended;
 }
@@ -1228,7 +1227,8 @@ static bool cmd_set(struct conn *c) {
     return store(c, c->argv[2], deadline) && reply_status(c, "OK");
 }
 
-/* DEL and EXISTS lock their keys one after the other, not together. */
+/* DEL and EXISTS have no KEY in their rows: they lock their keys themselves, one after the
+   other. If memory runs out, DEL has removed those before. */
 static bool cmd_del(struct conn *c) {
     int64_t n = 0;
     bool ok = true;
@@ -1317,7 +1317,7 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 /* --- All keys ------------------------------------------------------------------------ */
 
 /* Whether b is in the class at *at, which moves behind it. The end of the pattern ends it,
-   too. In [a-] the ] is the end of a range, as in Redis.
+   too. [a-] is the range from a to ], and the class goes on, as in Redis.
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1350,8 +1350,8 @@ static bool match_item(const char **at, const char *end, char b) {
 
 /* Whether s matches a glob pattern. Where an item does not match, it goes back to the last
    star, which takes one byte more. It need not go back to a star before that one: the
-   earlier star took as little as it could, so it left as much as possible to the last one.
-   So the time is at most the product of both lengths, never exponential. *a*b and xaxab:
+   earlier star took as little as it could, so it left the most bytes for what follows. So
+   the time is at most the product of both lengths, never exponential. *a*b and xaxab:
 
         x is no a, so the first star takes x;  a matches a;  x is no b, so the second star
         takes x;  a is no b, so it takes a, too;  b matches b.
@@ -1359,19 +1359,19 @@ static bool match_item(const char **at, const char *end, char b) {
    Once the server gives up nothing matches any more. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
-    const char *star = NULL;  /* what is behind the last star */
-    size_t i = 0, star_i = 0; /* where in s the bytes end that this star takes */
-    while (i < s.len || p < end) {
+    const char *star = NULL; /* what is behind the last star */
+    size_t star_i = 0;       /* where in s the bytes end that this star takes */
+    size_t i = 0;
+    while (i < s.len) {
         const char *next = p;
-        bool has_both = p < end && i < s.len;
-        if (p < end && *p == '*') { /* a star, which takes nothing at first */
+        if (p < end && *p == '*') { /* it takes nothing at first */
             p++;
             star = p;
             star_i = i;
-        } else if (has_both && match_item(&next, end, s.p[i])) { /* go on */
+        } else if (p < end && match_item(&next, end, s.p[i])) {
             p = next;
             i++;
-        } else if (star && star_i < s.len && stopping != GIVING_UP) { /* go back */
+        } else if (star && stopping != GIVING_UP) { /* back to the star */
             star_i++;
             p = star;
             i = star_i;
@@ -1379,10 +1379,11 @@ static bool glob_match(struct slice pattern, struct slice s) {
             return false;
         }
     }
-    return true;
+    while (p < end && *p == '*') p++; /* these take nothing */
+    return p == end;
 }
 
-/* Adds the keys of a shard to keys, each behind its length. The shard is locked only
+/* Adds the keys of a shard to keys, for each its length and then its bytes. The shard is locked only
    while they are copied: to match and quote them takes longer. */
 static void copy_keys(struct conn *c, struct shard *s, struct buf *keys) {
     const struct table *t = &s->table;
@@ -1422,7 +1423,8 @@ static bool cmd_keys(struct conn *c) {
             n++;
         }
     }
-    bool ok = !keys.failed && !found.failed && stopping != GIVING_UP;
+    bool gave_up = stopping == GIVING_UP;
+    bool ok = !keys.failed && !found.failed && !gave_up;
     if (ok) {
         size_t at = 0;
         list_start(c, n);
@@ -1431,7 +1433,7 @@ static bool cmd_keys(struct conn *c) {
     }
     free(keys.p);
     free(found.p);
-    if (stopping == GIVING_UP) return fail(c, "ERR the server stops");
+    if (gave_up) return fail(c, "ERR the server stops");
     return ok || fail_oom(c);
 }
 
@@ -1454,13 +1456,14 @@ static bool cmd_flush(struct conn *c) {
     struct table *old = calloc((size_t)opt.shards, sizeof *old);
     if (!old) return fail_oom(c);
     for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
-    /* All shards are locked, so no record has a higher number. Without --aof all are 0. */
-    bool ok = aof_append(record, 1, &c->seen);
+    uint64_t number = 0;
+    bool ok = aof_append(record, 1, &number);
     for (long i = 0; i < opt.shards; i++) {
         if (ok) {
             old[i] = shards[i].table;
             shards[i].table = (struct table){0};
-            shards[i].appended = c->seen;
+            shards[i].appended = number;
+            note_seen(c, &shards[i]);
         }
         pthread_mutex_unlock(&shards[i].lock);
     }
@@ -1821,8 +1824,8 @@ static bool run_request(struct conn *c) {
     return ok;
 }
 
-/* Logs a request, its client and its time, but no words that may be a password. After a
-   mistyped AUTH the next word may be one, too. */
+/* Logs a request, its client and its time, but no words that may be a password. If
+   AUTH was mistyped, the word behind it may be one, too. */
 static void log_request(const struct conn *c, const char *client, int64_t us) {
     char line[512], *end = line;
     char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
@@ -1839,11 +1842,10 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-/* Lets other threads that want the processor run first, and returns whether that is still
-   a good idea. If they are kv's, it takes some microseconds each. If they are other
-   programs, each takes a whole time slice of some ms. A yield of SLOW_US is more than the
-   first and less than the second. After one, the next PAUSE calls for this connection do
-   nothing and return false: the caller blocks instead. */
+/* Lets other threads run first that want the processor, and returns whether that is a good
+   idea. kv's own threads need it for some 5 us each, 256 of them for 1.3 ms. Another
+   program takes a time slice of 3 ms or more. So after a yield of more than SLOW_US the
+   next PAUSE calls for this connection do nothing and return false: the caller blocks. */
 static bool yield(struct conn *c) {
     enum { SLOW_US = 2500, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -1878,6 +1880,7 @@ static void send_replies(struct conn *c) {
         if (n >= 0) {
             sent += (size_t)n;
         } else if (errno != EINTR) {
+            /* EAGAIN: the time is over that set_timeouts allows. */
             c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
             break;
         }
@@ -1887,8 +1890,7 @@ static void send_replies(struct conn *c) {
     c->seen = 0;
 }
 
-/* Makes room and reads once, behind what there is. Returns what recv does, but is not
-   interrupted. */
+/* Reads once and appends to c->in. Returns recv's result; a signal does not interrupt. */
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
     char *to = buf_reserve(in, 2 * SMALL_BUF);
@@ -1917,8 +1919,8 @@ static ssize_t look_for_input(struct conn *c) {
     return n;
 }
 
-/* The client will send nothing more. Tells it about a line that has no end, unless it is
-   the server that has ended the input, to stop. */
+/* There is no more input. If the client has ended it, and not the server because it stops,
+   this tells the client about a line that has no end. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
     bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
@@ -1942,7 +1944,8 @@ static void read_more(struct conn *c) {
     }
     if (n > 0) in->len += (size_t)n;
     else if (n == 0) end_input(c);
-    else c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
+    else
+        c->closing = errno == EAGAIN ? "timeout" : strerror(errno); /* see send_replies */
     /* Full: more is waiting, so take more at a time. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
@@ -1970,8 +1973,11 @@ static void hang_up(int fd, int ms) {
     struct pollfd input = {.fd = fd, .events = POLLIN};
     int64_t end = monotonic_us() + 1000 * (int64_t)ms;
     bool open = shutdown(fd, SHUT_WR) == 0;
-    while (open && poll(&input, 1, ms) > 0)
-        open = recv(fd, unread, sizeof unread, 0) > 0 && monotonic_us() < end;
+    do {
+        int ready = poll(&input, 1, ms);
+        if (ready == 0) break;
+        if (ready > 0) open = recv(fd, unread, sizeof unread, MSG_DONTWAIT) > 0;
+    } while (open && monotonic_us() < end);
     close(fd);
 }
 
@@ -2016,7 +2022,7 @@ static struct {
     atomic_uint_fast64_t end; /* the last record */
 
     pthread_mutex_t writer; /* guards the next three, and writing */
-    struct buf batch;       /* what is on its way to the file; empty: nothing */
+    struct buf batch;       /* on its way to the file; empty, unless a write has failed */
     size_t written;         /* so many of its bytes are there */
     uint64_t batch_end;     /* its last record */
 
@@ -2085,7 +2091,7 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* Makes what has gathered the next batch, by a swap of two buffers. add_record has made
+/* The gathered records become the next batch, by a swap of two buffers. add_record has made
    room for the checksum line. Called with the writer's lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
@@ -2125,7 +2131,7 @@ static bool write_batch(void) {
 }
 
 /* An fsync takes long, and many records can share one. So other threads may run as long as
-   they append more. */
+   they append more. That ends, for each of them soon has to commit, too. */
 static void let_others_append(struct conn *c) {
     uint64_t end = 0;
     while (aof.end > end) {
@@ -2143,13 +2149,14 @@ static bool aof_commit(struct conn *c) {
     if (aof.broken) return false;
     if (fsync_policy == FSYNC_ALWAYS) let_others_append(c);
     pthread_mutex_lock(&aof.writer);
+    /* No failure has left a batch over, so the next one takes all there is. */
     if (aof.safe < c->seen && !aof.broken) write_batch();
     pthread_mutex_unlock(&aof.writer);
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is, also after a failure: first what that has left over. Returns false
-   if it fails again. */
+/* Writes all there is, also after a failure: first the rest of the batch that failed. Returns
+   false if it fails again. */
 static bool aof_write_all(void) {
     bool ok = true;
     uint64_t end = aof.end;
@@ -2195,7 +2202,7 @@ static bool is_torn(struct slice file, size_t start) {
 }
 
 /* Returns the checksum line that ends the batch at start. Returns NULL if it is not right,
-   or if there is none. take_array only reads, so c->in may be a map of the file. */
+   or if there is none. c->in may be a map of the file, for take_array does not change it. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2425,7 +2432,7 @@ static bool aof_close(void) {
 
 /* === 11 The server ================================================================= */
 
-/* Options of a socket may fail, and do where the client is gone already. A connection
+/* Setting an option may fail, for example where the client is gone already. A connection
    works without, only less well. */
 static void set_option_of(int fd, int level, int name, int value) {
     (void)setsockopt(fd, level, name, &value, sizeof value);
@@ -2463,7 +2470,7 @@ static void refuse_client(int fd, const char *why) {
 }
 
 /* Accepts a client and starts its thread. Where the system has no descriptor or no memory
-   the client waits. This waits 10 ms then, for poll would return at once. */
+   the client waits, and this function sleeps 10 ms, for poll would return at once. */
 static void accept_client(int listener, const pthread_attr_t *attributes) {
     static atomic_llong logged;
     pthread_t id;
@@ -2555,12 +2562,14 @@ static void on_signal(int number) {
 static void catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal}, hangup;
     signal(SIGPIPE, SIG_IGN); /* so that send fails instead */
-    signal(SIGXFSZ, SIG_IGN); /* so that write does */
+    signal(SIGXFSZ, SIG_IGN); /* so that write fails instead */
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGHUP, NULL, &hangup);
     if (hangup.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL); /* else: nohup */
 }
+
+static int max_descriptors; /* each is below this number */
 
 /* Allows as many descriptors as --max-clients needs. With fewer some clients wait until
    others leave. */
@@ -2569,6 +2578,7 @@ static void reserve_descriptors(void) {
     getrlimit(RLIMIT_NOFILE, &limit);
     rlim_t want = (rlim_t)opt.max_clients + 32; /* the log, the file, who lingers, ... */
     limit.rlim_cur = limit.rlim_max < want ? limit.rlim_max : want;
+    max_descriptors = (int)limit.rlim_cur;
     if (setrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur < want)
         say(WARN, "only %ju descriptors for --max-clients", (uintmax_t)limit.rlim_cur);
 }
@@ -2588,7 +2598,7 @@ static void draw_table_key(void) {
     close(fd);
 }
 
-/* Sets up attributes for the threads of connections. Nobody waits for their end. A stack
+/* Sets up attributes for the threads of connections. They are detached: nobody joins them. A stack
    is small: 64 KiB, or as much as the system asks for. */
 static void prepare_threads(pthread_attr_t *attributes) {
     long stack = sysconf(_SC_THREAD_STACK_MIN);
@@ -2602,8 +2612,7 @@ static void prepare_threads(pthread_attr_t *attributes) {
 /* Shuts all connections down, in one direction or in both. It tries all descriptors that
    there can be, so kv needs no list of its connections; where one is no socket, shutdown just fails. */
 static void shut_down_all(int how) {
-    int most = (int)sysconf(_SC_OPEN_MAX);
-    for (int fd = 3; fd < most; fd++) (void)shutdown(fd, how);
+    for (int fd = 3; fd < max_descriptors; fd++) (void)shutdown(fd, how);
 }
 
 static void wait_for_threads(int64_t ms) {
@@ -2611,7 +2620,7 @@ static void wait_for_threads(int64_t ms) {
     while (threads > 0 && monotonic_us() < end) sleep_ms(10);
 }
 
-/* Has the threads of all connections end. After SHUT_RD a thread still reads what has
+/* Makes the threads of all connections end. After SHUT_RD a thread still reads what has
    arrived (on Linux), answers it, and then sees the end of the input. A client that goes
    on sending is served for 2 s. Then nothing more is run, and replies to what was run get
    half a second. */
@@ -2657,7 +2666,7 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    mallopt(M_ARENA_MAX, 2); /* heaps of glibc: what one thread frees others can use */
+    mallopt(M_ARENA_MAX, 2); /* so that others can use what a thread frees */
 #endif
     if (opt.aof) aof_open();
     int listener = listen_on();
