@@ -26,10 +26,10 @@
  * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
  * No thread reads, sends, writes or sleeps with one of these two. The thread that writes
- * the file holds a third lock, the writer's, and inside it, for a moment, the buffer's, but
- * no shard's. The log on stderr has a lock of its own, which is held for one line. All else
- * that threads share is atomic, or set before they start. pthread_mutex_lock fails only
- * where it is misused, so its result is not checked.
+ * the file holds a third lock, the writer's, and inside it, for a moment, the buffer's,
+ * but no shard's. The log on stderr has a lock of its own, which is held for one line. All
+ * else that threads share is atomic, or set before they start. pthread_mutex_lock fails
+ * only where it is misused, so its result is not checked.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
@@ -81,7 +81,8 @@ struct text {
     char text[272];
 };
 
-/* How far the shutdown has got. (Reads, =, ++ and -- of an _Atomic variable are atomic.) */
+/* How far the shutdown has got. (Reads, =, ++ and -- of an _Atomic variable are
+   atomic.) */
 enum stage {
     SERVING,
     ANSWERING, /* a signal came: answer what has arrived, then close */
@@ -218,7 +219,8 @@ static long parse_number(const struct option *o, const char *value) {
     return number;
 }
 
-/* Sets opt and fsync_policy from the command line. What is wrong there ends the program. */
+/* Sets opt and fsync_policy from the command line. What is wrong there ends the
+   program. */
 static void parse_options(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const struct option *o = options;
@@ -515,7 +517,7 @@ static enum outcome take_line(struct conn *c) {
     return split_line(c, line, c->crlf ? newline - 1 : newline);
 }
 
-/* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } -------------- */
+/* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } ------------- */
 
 /* Reads the number of a header, which begins at *at with a type byte, and moves *at
    behind it. If no line end comes within LONGEST bytes, the header is wrong. */
@@ -592,8 +594,9 @@ static bool next_request(struct conn *c) {
 /* The functions that reply return whether the request has succeeded: fail false, all
    others true. So a command can end with return reply_...(). */
 
-/* Whether a reply must quote s: without quotes it could be taken for an error, the end of
-   a list or a quoted value. as_word: also if s, sent back bare in a request, would not be one word. */
+/* Whether a reply must quote s: without quotes it could be taken for an error, the
+   end of a list or a quoted value. as_word: also if s, sent back bare in a request,
+   would not be one word. */
 static bool needs_quotes(struct slice s, bool as_word) {
     if (s.len == 0) return true;
     char first = s.p[0], last = s.p[s.len - 1];
@@ -685,7 +688,8 @@ static bool reply_string(struct conn *c, struct slice s, bool quoted) {
     return reply_line(c, "", str(""));
 }
 
-/* A value. Text has it without quotes where it cannot be misread, with blanks in it, too. */
+/* A value. Text has it without quotes where it cannot be misread, with blanks in it,
+   too. */
 static bool reply_value(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, false));
 }
@@ -1014,7 +1018,7 @@ static void *expiry_main(void *unused) {
         for (long i = 0; i < opt.shards; i++) {
             if (expire_some(&shards[i])) more = true;
         }
-        /* Sleep even if there is more: with one shard others would hardly get its lock. */
+        /* Sleep even if there is more, or with one shard others hardly get its lock. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1045,14 +1049,15 @@ struct command {
    So when memory is out nothing has been changed, here or there. All this is done while
    the key's shard is locked: the file has the order in which things happened.
 
-   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and with
-   --fsync always on the disk. Before a reply is sent, the records that it reveals must be
-   safe, also when another client wrote them: if B reads what A has stored, and a crash then
-   undoes it, B knows something that never was. c->seen is the last record that must be safe. Its
-   number goes this way: aof_append, shard->appended, note_seen, c->seen, aof_commit. */
+   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and
+   with --fsync always on the disk. Before a reply is sent, the records that it reveals must
+   be safe, also when another client wrote them: if B reads what A has stored, and a crash
+   then undoes it, B knows something that never was. c->seen is the last record that must
+   be safe. Its number goes this way: aof_append, shard->appended, note_seen, c->seen,
+   aof_commit. */
 
-/* Appends a record of n words, and sets *number to its number; without --aof does nothing.
-   Returns false when memory is out. */
+/* Appends a record of n words, and sets *number to its number; without --aof does
+   nothing. Returns false when memory is out. */
 static bool aof_append(const struct slice *words, size_t n, uint64_t *number);
 
 static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
@@ -1081,9 +1086,9 @@ static bool remove_key(struct conn *c) {
     return true;
 }
 
-/* Gives the key at hand a value and a deadline, which may be NEVER. If the deadline has
-   passed, the key is removed. A value of the same length is copied over the old one, which
-   needs no memory. */
+/* Gives the key at hand a value and a deadline, which may be NEVER. If the deadline
+   has passed, the key is removed. A value of the same length is copied over the old
+   one, which needs no memory. */
 static bool store(struct conn *c, struct slice value, int64_t deadline) {
     struct table *t = &c->shard->table;
     if (has_passed(deadline)) return remove_key(c);
@@ -1148,7 +1153,7 @@ static int64_t key_deadline(const struct conn *c) {
     return c->entry ? deadline_of(&c->shard->table, c->entry) : NEVER;
 }
 
-/* --- Values and counters ------------------------------------------------------------- */
+/* --- Values and counters ------------------------------------------------------------ */
 
 #define NOT_AN_INTEGER "ERR value is not an integer or out of range"
 
@@ -1227,8 +1232,8 @@ static bool cmd_set(struct conn *c) {
     return store(c, c->argv[2], deadline) && reply_status(c, "OK");
 }
 
-/* DEL and EXISTS have no KEY in their rows: they lock their keys themselves, one after the
-   other. If memory runs out, DEL has removed those before. */
+/* DEL and EXISTS have no KEY in their rows: they lock their keys themselves, one
+   after the other. If memory runs out, DEL has removed those before. */
 static bool cmd_del(struct conn *c) {
     int64_t n = 0;
     bool ok = true;
@@ -1280,7 +1285,7 @@ static bool cmd_decrby(struct conn *c) {
     return add_to_value(c, -by);
 }
 
-/* --- Deadlines ----------------------------------------------------------------------- */
+/* --- Deadlines ---------------------------------------------------------------------- */
 
 static bool expire(struct conn *c, int64_t unit, int64_t base) {
     int64_t deadline = NEVER;
@@ -1314,10 +1319,10 @@ static bool reply_ttl(struct conn *c, int64_t unit) {
 static bool cmd_ttl(struct conn *c) { return reply_ttl(c, 1000); }
 static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
-/* --- All keys ------------------------------------------------------------------------ */
+/* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends it,
-   too. [a-] is the range from a to ], and the class goes on, as in Redis.
+/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
+   it, too. [a-] is the range from a to ], and the class goes on, as in Redis.
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1348,10 +1353,11 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. Where an item does not match, it goes back to the last
-   star, which takes one byte more. It need not go back to a star before that one: the
-   earlier star took as little as it could, so it left the most bytes for what follows. So
-   the time is at most the product of both lengths, never exponential. *a*b and xaxab:
+/* Whether s matches a glob pattern. Where an item does not match, it goes back to the
+   last star, which takes one byte more. It need not go back to a star before that
+   one: the earlier star took as little as it could, so it left the most bytes for
+   what follows. So the time is at most the product of both lengths, never
+   exponential. *a*b and xaxab:
 
         x is no a, so the first star takes x;  a matches a;  x is no b, so the second star
         takes x;  a is no b, so it takes a, too;  b matches b.
@@ -1383,8 +1389,8 @@ static bool glob_match(struct slice pattern, struct slice s) {
     return p == end;
 }
 
-/* Adds the keys of a shard to keys, for each its length and then its bytes. The shard is locked only
-   while they are copied: to match and quote them takes longer. */
+/* Adds the keys of a shard to keys, for each its length and then its bytes. The shard
+   is locked only while they are copied: to match and quote them takes longer. */
 static void copy_keys(struct conn *c, struct shard *s, struct buf *keys) {
     const struct table *t = &s->table;
     pthread_mutex_lock(&s->lock);
@@ -1472,7 +1478,7 @@ static bool cmd_flush(struct conn *c) {
     return ok ? reply_status(c, "OK") : fail_oom(c);
 }
 
-/* --- The connection ------------------------------------------------------------------ */
+/* --- The connection ----------------------------------------------------------------- */
 
 static bool cmd_ping(struct conn *c) {
     return c->argc > 1 ? reply_value(c, c->argv[1]) : reply_status(c, "PONG");
@@ -1616,7 +1622,7 @@ static bool cmd_hello(struct conn *c) {
     return list_end(c, 6, "item");
 }
 
-/* --- INFO ---------------------------------------------------------------------------- */
+/* --- INFO --------------------------------------------------------------------------- */
 
 /* How many commands have been run. Each connection counts in one of many counters: with
    one for all, every request would wait for its cache line. */
@@ -1709,7 +1715,7 @@ static bool cmd_info(struct conn *c) {
     return list_end(c, n, "field");
 }
 
-/* --- The table of commands, and running one ------------------------------------------ */
+/* --- The table of commands, and running one ----------------------------------------- */
 
 static bool cmd_help(struct conn *c);
 
@@ -1842,10 +1848,11 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-/* Lets other threads run first that want the processor, and returns whether that is a good
-   idea. kv's own threads need it for some 5 us each, 256 of them for 1.3 ms. Another
-   program takes a time slice of 3 ms or more. So after a yield of more than SLOW_US the
-   next PAUSE calls for this connection do nothing and return false: the caller blocks. */
+/* Lets other threads run first that want the processor, and returns whether that is a
+   good idea. kv's own threads need it for some 5 us each, 256 of them for 1.3 ms.
+   Another program takes a time slice of 3 ms or more. So after a yield of more than
+   SLOW_US the next PAUSE calls for this connection do nothing and return false: the
+   caller blocks. */
 static bool yield(struct conn *c) {
     enum { SLOW_US = 2500, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -1903,10 +1910,11 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Looks for input up to LOOKS times without blocking, and yields before each look. Waking a
-   thread that blocks costs more than some looks, so a client that soon asks again gets its
-   reply sooner. With more than FEW_CLIENTS it does not look, for then there is mostly
-   another client to serve. Returns what recv does, or -1 and EAGAIN for no input. */
+/* Looks for input up to LOOKS times without blocking, and yields before each look.
+   Waking a thread that blocks costs more than some looks, so a client that soon asks
+   again gets its reply sooner. With more than FEW_CLIENTS it does not look, for then
+   there is mostly another client to serve. Returns what recv does, or -1 and EAGAIN
+   for no input. */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -1919,8 +1927,8 @@ static ssize_t look_for_input(struct conn *c) {
     return n;
 }
 
-/* There is no more input. If the client has ended it, and not the server because it stops,
-   this tells the client about a line that has no end. */
+/* There is no more input. If the client has ended it, and not the server because it
+   stops, this tells the client about a line that has no end. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
     bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
@@ -1929,8 +1937,8 @@ static void end_input(struct conn *c) {
     fail_line(c, "ERR the last line has no newline: it may be cut short and is not run");
 }
 
-/* Waits for input, up to --timeout, and appends it to what there is of a request. If there
-   will be no more, says in closing why. */
+/* Waits for input, up to --timeout, and appends it to what there is of a request. If
+   there will be no more, says in closing why. */
 static void read_more(struct conn *c) {
     struct buf *in = &c->in;
     in->len -= c->pos;
@@ -1951,7 +1959,8 @@ static void read_more(struct conn *c) {
 }
 
 /* Runs all requests that have arrived in full. Sends replies in between when IO_CHUNK
-   bytes have gathered, in out and for the append-only file together: so both are bounded. */
+   bytes have gathered, in out and for the append-only file together: so both are
+   bounded. */
 static void run_requests(struct conn *c, const char *client) {
     while (stopping != GIVING_UP && next_request(c)) {
         if (c->argc > 0) {
@@ -1965,9 +1974,9 @@ static void run_requests(struct conn *c, const char *client) {
     }
 }
 
-/* Closes fd so that the client gets the last replies. Input that is still unread at close
-   makes TCP drop them. So this ends only our side first, and reads until the client closes
-   its side, has been silent for ms, or has gone on sending for ms. */
+/* Closes fd so that the client gets the last replies. Input that is still unread at
+   close makes TCP drop them. So this ends only our side first, and reads until the
+   client closes its side, has been silent for ms, or has gone on sending for ms. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
@@ -2091,8 +2100,8 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* The gathered records become the next batch, by a swap of two buffers. add_record has made
-   room for the checksum line. Called with the writer's lock. */
+/* The gathered records become the next batch, by a swap of two buffers. add_record
+   has made room for the checksum line. Called with the writer's lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
     pthread_mutex_lock(&aof.lock);
@@ -2130,8 +2139,8 @@ static bool write_batch(void) {
     return true;
 }
 
-/* An fsync takes long, and many records can share one. So other threads may run as long as
-   they append more. That ends, for each of them soon has to commit, too. */
+/* An fsync takes long, and many records can share one. So other threads may run as
+   long as they append more. That ends, for each of them soon has to commit, too. */
 static void let_others_append(struct conn *c) {
     uint64_t end = 0;
     while (aof.end > end) {
@@ -2155,8 +2164,8 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is, also after a failure: first the rest of the batch that failed. Returns
-   false if it fails again. */
+/* Writes all there is, also after a failure: first the rest of the batch that failed.
+   Returns false if it fails again. */
 static bool aof_write_all(void) {
     bool ok = true;
     uint64_t end = aof.end;
@@ -2177,7 +2186,7 @@ static void aof_tick(void) {
     synced = safe;
 }
 
-/* --- At the start: replay ------------------------------------------------------------ */
+/* --- At the start: replay ----------------------------------------------------------- */
 
 /* Whether a checksum line begins at p. */
 static bool is_sum_line(const char *p, const char *end) {
@@ -2187,13 +2196,14 @@ static bool is_sum_line(const char *p, const char *end) {
     return memcmp(p + 21, "\r\n", 2) == 0;
 }
 
-/* The batch at start is not whole, or its checksum is wrong. Two things can have happened:
+/* The batch at start is not whole, or its checksum is wrong. Two things can have
+   happened:
 
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if nothing from start on looks like a checksum line. A value that looks like
-   one makes a torn file pass for damaged: a person decides then. */
+   It is torn if nothing from start on looks like a checksum line. A value that looks
+   like one makes a torn file pass for damaged: a person decides then. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -2201,8 +2211,9 @@ static bool is_torn(struct slice file, size_t start) {
     return true;
 }
 
-/* Returns the checksum line that ends the batch at start. Returns NULL if it is not right,
-   or if there is none. c->in may be a map of the file, for take_array does not change it. */
+/* Returns the checksum line that ends the batch at start. Returns NULL if it is not
+   right, or if there is none. c->in may be a map of the file, for take_array does not
+   change it. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2216,7 +2227,8 @@ static const char *check_batch(struct conn *c, size_t start) {
     return at < end && memcmp(at, right, SUM_LINE) == 0 ? at : NULL;
 }
 
-/* Runs the record at c->pos. What cannot be run ends the program, and so does a signal. */
+/* Runs the record at c->pos. What cannot be run ends the program, and so does a
+   signal. */
 static void replay_record(struct conn *c) {
     size_t at = c->pos;
     c->argc = c->out.len = 0;
@@ -2264,7 +2276,8 @@ static size_t replay(struct slice file) {
     return good;
 }
 
-/* Replays the file that is open as fd, and returns how many of its size bytes are good. */
+/* Replays the file that is open as fd, and returns how many of its size bytes are
+   good. */
 static size_t replay_file(int fd, size_t size, const char *header) {
     /* One byte more, for mmap refuses 0. */
     char *p = mmap(NULL, size + 1, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -2279,8 +2292,8 @@ static size_t replay_file(int fd, size_t size, const char *header) {
     return good;
 }
 
-/* Flushes the name of the file at path to the disk, too. Some file systems cannot (EINVAL),
-   and some directories may not be opened. */
+/* Flushes the name of the file at path to the disk, too. Some file systems cannot
+   (EINVAL), and some directories may not be opened. */
 static void sync_directory(char *path) {
     int fd = open(dirname(path), O_RDONLY);
     if (fd >= 0 && !sync_file(fd) && errno != EINVAL)
@@ -2288,7 +2301,7 @@ static void sync_directory(char *path) {
     if (fd >= 0) close(fd);
 }
 
-/* --- At the start: compaction -------------------------------------------------------- */
+/* --- At the start: compaction ------------------------------------------------------- */
 
 /* Ends and writes the batch in b, and empties b. */
 static bool write_batch_to(int fd, struct buf *b) {
@@ -2315,10 +2328,10 @@ static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
     return add_record(b, record, deadline == NEVER ? 3 : 5);
 }
 
-/* Writes a file that makes all that is in the tables: an empty batch as the header, then
-   FLUSHALL, so that a program that follows the file by its name begins anew, then a SET
-   for each key, in batches. No other thread runs yet. Returns false on failure, and when a
-   signal asks for the end. */
+/* Writes a file that makes all that is in the tables: an empty batch as the header,
+   then FLUSHALL, so that a program that follows the file by its name begins anew,
+   then a SET for each key, in batches. No other thread runs yet. Returns false on
+   failure, and when a signal asks for the end. */
 static bool write_tables(int fd) {
     struct slice flush[] = {str("FLUSHALL")};
     struct buf b = {0};
@@ -2358,10 +2371,11 @@ static int write_compact(const char *name, const char *path, int old) {
     return -1;
 }
 
-/* Compacts the file at path, open as fd, if it holds more than twice the records that its
-   keys need. path is free of symbolic links, so those that lead there stay. Returns the
-   descriptor of the file that serves: the old one if it cannot be replaced, for that is no
-   reason not to start. A crash leaves the old file or the new one, whole. */
+/* Compacts the file at path, open as fd, if it holds more than twice the records that
+   its keys need. path is free of symbolic links, so those that lead there stay.
+   Returns the descriptor of the file that serves: the old one if it cannot be
+   replaced, for that is no reason not to start. A crash leaves the old file or the
+   new one, whole. */
 static int compact(const char *path, int fd) {
     char name[PATH_MAX + 16];
     struct stat st;
@@ -2598,8 +2612,8 @@ static void draw_table_key(void) {
     close(fd);
 }
 
-/* Sets up attributes for the threads of connections. They are detached: nobody joins them. A stack
-   is small: 64 KiB, or as much as the system asks for. */
+/* Sets up attributes for the threads of connections. They are detached: nobody joins
+   them. A stack is small: 64 KiB, or as much as the system asks for. */
 static void prepare_threads(pthread_attr_t *attributes) {
     long stack = sysconf(_SC_THREAD_STACK_MIN);
     if (stack < 65536) stack = 65536;
@@ -2609,8 +2623,9 @@ static void prepare_threads(pthread_attr_t *attributes) {
         die(1, "cannot set up threads");
 }
 
-/* Shuts all connections down, in one direction or in both. It tries all descriptors that
-   there can be, so kv needs no list of its connections; where one is no socket, shutdown just fails. */
+/* Shuts all connections down, in one direction or in both. It tries all descriptors
+   that there can be, so kv needs no list of its connections; where one is no socket,
+   shutdown just fails. */
 static void shut_down_all(int how) {
     for (int fd = 3; fd < max_descriptors; fd++) (void)shutdown(fd, how);
 }
