@@ -27,9 +27,9 @@
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
  * No thread reads, sends, writes or sleeps with one of these two. The thread that writes
  * the file holds a third lock, the writer's, and inside it, for a moment, the buffer's,
- * but no shard's. The log on stderr has a lock of its own, which is held for one line. All
- * else that threads share is atomic, or set before they start. pthread_mutex_lock fails
- * only where it is misused, so its result is not checked.
+ * but no shard's. The log on stderr has a lock of its own, which is held for one line.
+ * All else that threads share is atomic, or set before they start. pthread_mutex_lock
+ * fails only where it is misused, so its result is not checked.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
@@ -1050,8 +1050,8 @@ struct command {
    the key's shard is locked: the file has the order in which things happened.
 
    Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and
-   with --fsync always on the disk. Before a reply is sent, the records that it reveals must
-   be safe, also when another client wrote them: if B reads what A has stored, and a crash
+   with --fsync always on the disk. Before a reply is sent, the records that it reveals
+   must be safe, also when another client wrote them: if B reads what A has stored, and a crash
    then undoes it, B knows something that never was. c->seen is the last record that must
    be safe. Its number goes this way: aof_append, shard->appended, note_seen, c->seen,
    aof_commit. */
