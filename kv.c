@@ -1051,9 +1051,9 @@ struct command {
 
    Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and
    with --fsync always on the disk. Before a reply is sent, the records that it reveals
-   must be safe, also when another client wrote them: if B reads what A has stored, and a crash
-   then undoes it, B knows something that never was. c->seen is the last record that must
-   be safe. Its number goes this way: aof_append, shard->appended, note_seen, c->seen,
+   must be safe, also when another client wrote them: if B reads what A has stored, and a
+   crash then undoes it, B knows something that never was. c->seen is the last record that
+   must be safe. Its number goes this way: aof_append, shard->appended, note_seen, c->seen,
    aof_commit. */
 
 /* Appends a record of n words, and sets *number to its number; without --aof does
