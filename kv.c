@@ -19,17 +19,17 @@
  *                         has passed its deadline  ---------------+    v
  *                                                    file  <----  append-only log
  *
- * A key belongs to one shard; its hash says to which. A shard is a hash table (key to
+ * A key belongs to one shard, which its hash decides. A shard is a hash table (key to
  * value) and a heap (what expires next), and one mutex that guards both: two connections
  * wait for each other only when their keys are in the same shard.
  *
  * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
  * No thread reads, sends, writes or sleeps with one of these two. The thread that writes
- * the file holds a third lock, the writer's, and takes no shard lock meanwhile. Inside any
- * of them a thread may log a line, under a lock of its own that nobody keeps for long.
- * All else that threads share is atomic, or set before they start. To lock a mutex that is
- * initialized and not held by the same thread cannot fail, so nothing checks it.
+ * the file holds a third lock, the writer's, and inside it, for a moment, the buffer's,
+ * but no shard's. The log on stderr has a lock of its own, which is held for one line.
+ * All else that threads share is atomic, or set before they start. pthread_mutex_lock
+ * fails only where it is misused, so its result is not checked.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
@@ -40,6 +40,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <libgen.h>
+#include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -80,8 +81,8 @@ struct text {
     char text[272];
 };
 
-/* How far the server is on its way to its end. (To read, set or count up an atomic
-   variable with the usual operators is atomic.) */
+/* How far the shutdown has got. (Reads, =, ++ and -- of an _Atomic variable are
+   atomic.) */
 enum stage {
     SERVING,
     ANSWERING, /* a signal came: answer what has arrived, then close */
@@ -197,8 +198,8 @@ static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
 /* Logs an error and ends the program. */
 #define die(status, ...) (say(ERROR, __VA_ARGS__), exit(status))
 
-/* Whether this is the first call in this second with this *last. It limits the lines that
-   strangers can provoke to one a second. */
+/* Whether no earlier call with the same last was in this second. It limits the log lines
+   that strangers can provoke to one a second. */
 static bool is_first_this_second(atomic_llong *last) {
     long long second = 1 + monotonic_us() / 1000000; /* *last starts with 0 */
     return atomic_exchange(last, second) != second;
@@ -218,7 +219,8 @@ static long parse_number(const struct option *o, const char *value) {
     return number;
 }
 
-/* Sets opt and fsync_policy from the command line. What is wrong there ends the program. */
+/* Sets opt and fsync_policy from the command line. What is wrong there ends the
+   program. */
 static void parse_options(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const struct option *o = options;
@@ -342,15 +344,15 @@ struct conn {
     const char *closing;         /* why to close once the replies are sent; NULL: go on */
     struct buf in;               /* what was read */
     size_t pos;                  /* offset in in.p of the next request */
-    size_t scanned;              /* so many bytes from pos on hold no newline */
+    size_t scanned;              /* bytes from pos on in which no newline was found */
     struct buf out;              /* replies that are not sent yet */
-    int blocking_reads;          /* so many reads block at once: see look_for_input */
+    int no_yields;               /* how many further calls of yield do nothing */
 
     /* Since replies were last sent: */
-    size_t replies; /* so many are in out */
-    bool writes;    /* one of the requests writes */
-    size_t logged;  /* bytes of keys and values that went to the append-only file */
-    uint64_t seen; /* number of the last record that a reply may reveal, see section 10 */
+    size_t replies;  /* so many are in out */
+    bool writes;     /* one of the requests writes */
+    size_t recorded; /* bytes of keys and values for the append-only file */
+    uint64_t seen;   /* last change that a reply shows, see The store in section 8 */
 
     /* The request at hand: */
     bool resp;          /* it is RESP, and so is the reply; else both are text */
@@ -444,15 +446,16 @@ static const char escape_bytes[] = {'\\', '\n', '\r', '\t', '"'};
 static bool is_hex(char c) { return isxdigit((unsigned char)c) != 0; }
 
 /* escape = "\" ("\" | "n" | "r" | "t" | "\"" | "x" hex hex)
-   Decodes the escape at from to *to. Returns where it ends, or NULL if there is none. It
-   stops at the first byte that does not fit, at the latest at the line's end. */
-static char *unescape(char *from, char *to) {
+   Decodes the escape at from to *to. Returns where it ends, or NULL if there is none
+   before end. */
+static char *unescape(char *from, char *end, char *to) {
+    if (end - from < 2) return NULL;
     const char *letter = memchr(escape_letters, from[1], sizeof escape_letters);
     if (letter) {
         *to = escape_bytes[letter - escape_letters];
         return from + 2;
     }
-    if (from[1] != 'x') return NULL;
+    if (end - from < 4 || from[1] != 'x') return NULL;
     if (!is_hex(from[2]) || !is_hex(from[3])) return NULL;
     char digits[] = {from[2], from[3], 0};
     *to = (char)strtol(digits, NULL, 16);
@@ -467,7 +470,7 @@ static enum outcome take_quoted(struct conn *c, char **at, char *end) {
     char *from = start, *to = start;
     while (from < end && *from != mark) {
         bool is_escape = mark == '"' && *from == '\\';
-        char *next = is_escape ? unescape(from, to) : from + 1;
+        char *next = is_escape ? unescape(from, end, to) : from + 1;
         if (!next)
             return fail_line(
                 c, "ERR bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH");
@@ -514,7 +517,7 @@ static enum outcome take_line(struct conn *c) {
     return split_line(c, line, c->crlf ? newline - 1 : newline);
 }
 
-/* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } -------------- */
+/* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } ------------- */
 
 /* Reads the number of a header, which begins at *at with a type byte, and moves *at
    behind it. If no line end comes within LONGEST bytes, the header is wrong. */
@@ -571,23 +574,19 @@ static enum outcome take_array(struct conn *c) {
 }
 
 /* Takes the next request off the input into argv. Returns false when none has arrived in
-   full. The words are valid until more is read. */
+   full. argc is 0 if there is nothing to run: a line without words, or a request that was
+   wrong and has been answered. The words are valid until more is read. */
 static bool next_request(struct conn *c) {
-    while (!c->closing && c->pos < c->in.len) {
-        char first = c->in.p[c->pos];
-        bool old_resp = c->resp, old_crlf = c->crlf;
-        c->argc = 0;
-        c->resp = first == '*';
-        if (first == '\xff') c->closing = "interrupted by telnet"; /* by Ctrl-C */
-        if (c->closing) return false;
-        enum outcome request = c->resp ? take_array(c) : take_line(c);
-        if (request == COMPLETE && c->argc > 0) return true;
-        if (request != INCOMPLETE) continue;
-        c->resp = old_resp; /* of the last request that was run */
-        c->crlf = old_crlf;
+    if (c->closing || c->pos == c->in.len) return false;
+    if (c->in.p[c->pos] == '\xff') { /* Ctrl-C in telnet */
+        c->closing = "interrupted by telnet";
         return false;
     }
-    return false;
+    c->argc = 0;
+    c->resp = c->in.p[c->pos] == '*';
+    enum outcome request = c->resp ? take_array(c) : take_line(c);
+    if (request == WRONG) c->argc = 0;
+    return request != INCOMPLETE;
 }
 
 /* === 4 Replies ===================================================================== */
@@ -595,8 +594,9 @@ static bool next_request(struct conn *c) {
 /* The functions that reply return whether the request has succeeded: fail false, all
    others true. So a command can end with return reply_...(). */
 
-/* Whether a reply must quote s: bare it could be taken for an error, the end of a list or
-   a quoted value. as_word: also if a request could not hold it bare. */
+/* Whether a reply must quote s: without quotes it could be taken for an error, the
+   end of a list or a quoted value. as_word: also if s, sent back bare in a request,
+   would not be one word. */
 static bool needs_quotes(struct slice s, bool as_word) {
     if (s.len == 0) return true;
     char first = s.p[0], last = s.p[s.len - 1];
@@ -610,8 +610,8 @@ static bool needs_quotes(struct slice s, bool as_word) {
 }
 
 /* Writes s as a double-quoted word to to, which has room for 4 * s.len + 2 bytes. Returns
-   where it ends. A double quote becomes \x22, which bash's printf %b knows, too. (With
-   sprintf in place of hex it takes fifty times as long, under a shard's lock.) */
+   where it ends. A double quote becomes \x22, which bash's printf %b knows, too. (This
+   runs under a shard's lock, and sprintf would take fifty times as long as hex.) */
 static char *quote(char *to, struct slice s) {
     static const char hex[] = "0123456789abcdef";
     *to++ = '"';
@@ -688,12 +688,13 @@ static bool reply_string(struct conn *c, struct slice s, bool quoted) {
     return reply_line(c, "", str(""));
 }
 
-/* A value, in text bare where it cannot be misread: two words. */
+/* A value. Text has it without quotes where it cannot be misread, with blanks in it,
+   too. */
 static bool reply_value(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, false));
 }
 
-/* A value that in text can be sent back as a word: "two words". */
+/* A value that in text can be sent back as one word: with blanks in it, it has quotes. */
 static bool reply_word(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, true));
 }
@@ -749,7 +750,9 @@ static void sip_round(uint64_t v[4]) {
 
 /* SipHash-1-3 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012): one
    round for each eight bytes and three at the end. The last word has the bytes that are
-   left and, as its highest byte, the length. */
+   left and, as its highest byte, the length. The numbers here and in sip_round are the
+   paper's. What kv needs of it: the same key and bytes have the same hash, and nobody can
+   foretell it without the key. */
 static uint64_t siphash(const uint64_t key[2], struct slice s) {
     uint64_t v[4] = {
         key[0] ^ 0x736f6d6570736575,
@@ -956,7 +959,8 @@ static void heap_place(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its place. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its place. It comes
+   from another branch, so it may have to go up from there as well as down. */
 static void deadline_clear(struct table *t, struct entry *e) {
     if (e->slot == 0) return;
     struct deadline last = t->heap[t->heap_len];
@@ -985,7 +989,7 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 
 /* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
    get its lock soon. Returns whether there may be more. The append-only file gets no
-   record: it knows the deadlines. */
+   record: in a replay, a SET whose deadline has passed removes the key, see store. */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -1014,7 +1018,7 @@ static void *expiry_main(void *unused) {
         for (long i = 0; i < opt.shards; i++) {
             if (expire_some(&shards[i])) more = true;
         }
-        /* Also if there is more let others have the lock: there may be only one shard. */
+        /* Sleep even if there is more, or with one shard others hardly get its lock. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1028,7 +1032,7 @@ enum { KEY = 1, WRITES = 2, OPEN = 4 };
 /* A row of the table of commands says all about one. The words that a request may have
    are counted with the name. run replies once, and returns what the reply returned. If
    the row says KEY, run is called with the key at hand locked and looked up: c->entry, or
-   NULL. It must not block. */
+   NULL. run must not block. */
 struct command {
     const char *name;
     const char *args; /* its syntax; NULL: HELP does not know it */
@@ -1041,23 +1045,32 @@ struct command {
 /* --- The store ----------------------------------------------------------------------
 
    The order of a change: first allocate what it needs, then append its record to the
-   append-only file's buffer, and only then change the table, which cannot fail. So when
-   memory is out nothing has been changed, here or there. All this is done while the
-   key's shard is locked: the file has the order in which things happened. */
+   append-only file's buffer, and only then change the table. That last step cannot fail.
+   So when memory is out nothing has been changed, here or there. All this is done while
+   the key's shard is locked: the file has the order in which things happened.
 
-/* Appends a record of n words, and sets *end to its number; see section 10. */
-static bool aof_append(const struct slice *words, size_t n, uint64_t *end);
+   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and
+   with --fsync always on the disk. Before a reply is sent, the records that it reveals
+   must be safe, also when another client wrote them: if B reads what A has stored, and a
+   crash then undoes it, B knows something that never was. c->seen is the last record that
+   must be safe. Its number goes this way: aof_append, shard->appended, note_seen, c->seen,
+   aof_commit. */
+
+/* Appends a record of n words, and sets *number to its number; without --aof does
+   nothing. Returns false when memory is out. */
+static bool aof_append(const struct slice *words, size_t n, uint64_t *number);
 
 static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
 
-/* Appends what the key at hand is from now on. Returns false when memory is out. */
+/* Appends a record of the new value and deadline of the key at hand. Returns false when
+   memory is out. */
 static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
     char ms[24];
     snprintf(ms, sizeof ms, "%" PRId64, deadline);
     struct slice record[] = {
         str("SET"), c->key, value, str("PXAT"), str(ms), /* the last two not with NEVER */
     };
-    c->logged += c->key.len + value.len;
+    c->recorded += c->key.len + value.len;
     return aof_append(record, deadline == NEVER ? 3 : 5, &c->shard->appended);
 }
 
@@ -1067,13 +1080,15 @@ static bool remove_key(struct conn *c) {
     struct slice record[] = {str("DEL"), c->key};
     if (!c->entry) return true;
     if (!aof_append(record, 2, &c->shard->appended)) return fail_oom(c);
+    c->recorded += c->key.len;
     table_remove(&c->shard->table, c->entry);
     c->entry = NULL;
     return true;
 }
 
-/* Gives the key at hand a value and a deadline, which may be NEVER; one that has passed
-   removes it. A value as long as the old one takes its place, which needs no memory. */
+/* Gives the key at hand a value and a deadline, which may be NEVER. If the deadline
+   has passed, the key is removed. A value of the same length is copied over the old
+   one, which needs no memory. */
 static bool store(struct conn *c, struct slice value, int64_t deadline) {
     struct table *t = &c->shard->table;
     if (has_passed(deadline)) return remove_key(c);
@@ -1104,8 +1119,7 @@ static bool move_deadline(struct conn *c, int64_t deadline) {
     return true;
 }
 
-/* A reply may reveal what was last recorded about a shard that it looked at. So it must
-   not be sent before that record is safe. */
+/* Notes the last record about a shard: a reply may depend on it. */
 static void note_seen(struct conn *c, const struct shard *s) {
     if (c->seen < s->appended) c->seen = s->appended;
 }
@@ -1139,7 +1153,7 @@ static int64_t key_deadline(const struct conn *c) {
     return c->entry ? deadline_of(&c->shard->table, c->entry) : NEVER;
 }
 
-/* --- Values and counters ------------------------------------------------------------- */
+/* --- Values and counters ------------------------------------------------------------ */
 
 #define NOT_AN_INTEGER "ERR value is not an integer or out of range"
 
@@ -1170,18 +1184,9 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
     return true;
 }
 
-/* What may follow SET key value. Each word excludes others, and if it says a time, a
-   number of units of so many ms follows: from now, or AT: from 1970. */
-enum {
-    NX = 1,
-    XX = 2,
-    KEEPTTL = 4,
-    EX = 8,
-    PX = 16,
-    EXAT = 32,
-    PXAT = 64,
-    AT = EXAT | PXAT
-};
+/* What may follow SET key value. Some words exclude each other. EX, PX, EXAT and PXAT are
+   followed by a number, in units of so many ms, from now or (AT) from 1970. */
+enum { NX = 1, XX = 2, KEEPTTL = 4, EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
 static const struct set_word {
     const char *name;
     int flag, excludes;
@@ -1220,14 +1225,15 @@ static bool cmd_set(struct conn *c) {
         time = w;
     }
     int64_t deadline = flags & KEEPTTL ? key_deadline(c) : NEVER;
-    int64_t base = flags & AT ? 0 : now_ms();
+    int64_t base = flags & (EXAT | PXAT) ? 0 : now_ms();
     if (time && !parse_deadline(c, number, time->unit, base, 1, &deadline)) return false;
     bool unwanted = c->entry ? flags & NX : flags & XX;
     if (unwanted) return reply_nil(c);
     return store(c, c->argv[2], deadline) && reply_status(c, "OK");
 }
 
-/* Each key of DEL and of EXISTS is locked for itself. */
+/* DEL and EXISTS have no KEY in their rows: they lock their keys themselves, one
+   after the other. If memory runs out, DEL has removed those before. */
 static bool cmd_del(struct conn *c) {
     int64_t n = 0;
     bool ok = true;
@@ -1279,7 +1285,7 @@ static bool cmd_decrby(struct conn *c) {
     return add_to_value(c, -by);
 }
 
-/* --- Deadlines ----------------------------------------------------------------------- */
+/* --- Deadlines ---------------------------------------------------------------------- */
 
 static bool expire(struct conn *c, int64_t unit, int64_t base) {
     int64_t deadline = NEVER;
@@ -1313,10 +1319,11 @@ static bool reply_ttl(struct conn *c, int64_t unit) {
 static bool cmd_ttl(struct conn *c) { return reply_ttl(c, 1000); }
 static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
-/* --- All keys ------------------------------------------------------------------------ */
+/* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it.
-   class = "[" ["^"] { byte | byte "-" byte | "\" byte } ["]"] */
+/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
+   it, too. [a-] is the range from a to ], and the class goes on, as in Redis.
+   class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
     bool match = false, negate = p < end && *p == '^';
@@ -1346,26 +1353,31 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. After a mismatch the last star takes one byte more,
-   and none of the stars before it: whatever they could take, the last one can take, too.
-   So the time is at most the product of both lengths, never exponential. Example: *a*b
-   and xaxab. The first star takes x; once the first a has matched only the second star
-   takes more. Once the server gives up nothing matches any more. */
+/* Whether s matches a glob pattern. Where an item does not match, it goes back to the
+   last star, which takes one byte more. It need not go back to a star before that
+   one: the earlier star took as little as it could, so it left the most bytes for
+   what follows. So the time is at most the product of both lengths, never
+   exponential. *a*b and xaxab:
+
+        x is no a, so the first star takes x;  a matches a;  x is no b, so the second star
+        takes x;  a is no b, so it takes a, too;  b matches b.
+
+   Once the server gives up nothing matches any more. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
-    const char *star = NULL;  /* what is behind the last star */
-    size_t i = 0, star_i = 0; /* where in s that star's bytes end, as of now */
-    while (i < s.len || p < end) {
+    const char *star = NULL; /* what is behind the last star */
+    size_t star_i = 0;       /* where in s the bytes end that this star takes */
+    size_t i = 0;
+    while (i < s.len) {
         const char *next = p;
-        bool has_both = p < end && i < s.len;
-        if (p < end && *p == '*') {
+        if (p < end && *p == '*') { /* it takes nothing at first */
             p++;
             star = p;
             star_i = i;
-        } else if (has_both && match_item(&next, end, s.p[i])) {
+        } else if (p < end && match_item(&next, end, s.p[i])) {
             p = next;
             i++;
-        } else if (star && star_i < s.len && stopping != GIVING_UP) {
+        } else if (star && stopping != GIVING_UP) { /* back to the star */
             star_i++;
             p = star;
             i = star_i;
@@ -1373,11 +1385,12 @@ static bool glob_match(struct slice pattern, struct slice s) {
             return false;
         }
     }
-    return true;
+    while (p < end && *p == '*') p++; /* these take nothing */
+    return p == end;
 }
 
-/* Adds the keys of a shard to keys, each behind its length. The shard is locked only
-   while they are copied: to match and quote them takes longer. */
+/* Adds the keys of a shard to keys, for each its length and then its bytes. The shard
+   is locked only while they are copied: to match and quote them takes longer. */
 static void copy_keys(struct conn *c, struct shard *s, struct buf *keys) {
     const struct table *t = &s->table;
     pthread_mutex_lock(&s->lock);
@@ -1416,7 +1429,8 @@ static bool cmd_keys(struct conn *c) {
             n++;
         }
     }
-    bool ok = !keys.failed && !found.failed && stopping != GIVING_UP;
+    bool gave_up = stopping == GIVING_UP;
+    bool ok = !keys.failed && !found.failed && !gave_up;
     if (ok) {
         size_t at = 0;
         list_start(c, n);
@@ -1425,7 +1439,7 @@ static bool cmd_keys(struct conn *c) {
     }
     free(keys.p);
     free(found.p);
-    if (stopping == GIVING_UP) return fail(c, "ERR the server stops");
+    if (gave_up) return fail(c, "ERR the server stops");
     return ok || fail_oom(c);
 }
 
@@ -1448,12 +1462,14 @@ static bool cmd_flush(struct conn *c) {
     struct table *old = calloc((size_t)opt.shards, sizeof *old);
     if (!old) return fail_oom(c);
     for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
-    bool ok = aof_append(record, 1, &c->seen); /* now the highest number there is */
+    uint64_t number = 0;
+    bool ok = aof_append(record, 1, &number);
     for (long i = 0; i < opt.shards; i++) {
         if (ok) {
             old[i] = shards[i].table;
             shards[i].table = (struct table){0};
-            shards[i].appended = c->seen;
+            shards[i].appended = number;
+            note_seen(c, &shards[i]);
         }
         pthread_mutex_unlock(&shards[i].lock);
     }
@@ -1462,7 +1478,7 @@ static bool cmd_flush(struct conn *c) {
     return ok ? reply_status(c, "OK") : fail_oom(c);
 }
 
-/* --- The connection ------------------------------------------------------------------ */
+/* --- The connection ----------------------------------------------------------------- */
 
 static bool cmd_ping(struct conn *c) {
     return c->argc > 1 ? reply_value(c, c->argv[1]) : reply_status(c, "PONG");
@@ -1502,13 +1518,14 @@ static bool cmd_transaction(struct conn *c) {
 /* The first line of --password-file; empty: nobody needs one. */
 static char password[1024];
 
-/* Takes the same time wherever the word is wrong, so the time tells nothing about the
+/* Takes the same time whichever byte is wrong, so the time tells nothing about the
    password. */
 static bool is_password(struct slice word) {
     size_t len = strlen(password);
     bool ok = word.len == len;
     for (size_t i = 0; i < word.len; i++)
-        if (word.p[i] != password[i % sizeof password]) ok = false; /* %: a long word */
+        if (word.p[i] != password[i % sizeof password])
+            ok = false; /* %: word may be longer */
     return ok;
 }
 
@@ -1605,7 +1622,7 @@ static bool cmd_hello(struct conn *c) {
     return list_end(c, 6, "item");
 }
 
-/* --- INFO ---------------------------------------------------------------------------- */
+/* --- INFO --------------------------------------------------------------------------- */
 
 /* How many commands have been run. Each connection counts in one of many counters: with
    one for all, every request would wait for its cache line. */
@@ -1616,7 +1633,7 @@ static int64_t started_us; /* on the monotonic clock */
 static int64_t aof_size(void);
 
 /* Adds up what the shards count. */
-static void add_up(struct table *table, struct shard *sum) {
+static void add_up(struct conn *c, struct table *table, struct shard *sum) {
     for (long i = 0; i < opt.shards; i++) {
         struct shard *s = &shards[i];
         pthread_mutex_lock(&s->lock);
@@ -1626,6 +1643,7 @@ static void add_up(struct table *table, struct shard *sum) {
         sum->hits += s->hits;
         sum->misses += s->misses;
         sum->expired += s->expired;
+        note_seen(c, s);
         pthread_mutex_unlock(&s->lock);
     }
 }
@@ -1648,7 +1666,7 @@ static bool cmd_info(struct conn *c) {
     struct shard sum = {.hits = 0};
     unsigned long long run = 0;
     char keyspace[64];
-    add_up(&table, &sum);
+    add_up(c, &table, &sum);
     for (int i = 0; i < 64; i++) run += counters[i].commands;
     snprintf(keyspace, sizeof keyspace, "keys=%zu,expires=%zu", table.count,
              table.heap_len);
@@ -1697,7 +1715,7 @@ static bool cmd_info(struct conn *c) {
     return list_end(c, n, "field");
 }
 
-/* --- The table of commands, and running one ------------------------------------------ */
+/* --- The table of commands, and running one ----------------------------------------- */
 
 static bool cmd_help(struct conn *c);
 
@@ -1812,8 +1830,8 @@ static bool run_request(struct conn *c) {
     return ok;
 }
 
-/* Logs a request, its client and its time, but no words that may be a password: those may
-   also follow a command that somebody has mistyped. */
+/* Logs a request, its client and its time, but no words that may be a password. If
+   AUTH was mistyped, the word behind it may be one, too. */
 static void log_request(const struct conn *c, const char *client, int64_t us) {
     char line[512], *end = line;
     char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
@@ -1830,7 +1848,24 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-static bool aof_commit(uint64_t upto);
+/* Lets other threads run first that want the processor, and returns whether that is a
+   good idea. kv's own threads need it for some 5 us each, 256 of them for 1.3 ms.
+   Another program takes a time slice of 3 ms or more. So after a yield of more than
+   SLOW_US the next PAUSE calls for this connection do nothing and return false: the
+   caller blocks. */
+static bool yield(struct conn *c) {
+    enum { SLOW_US = 2500, PAUSE = 200 };
+    if (c->no_yields > 0) {
+        c->no_yields--;
+        return false;
+    }
+    int64_t start = monotonic_us();
+    sched_yield();
+    if (monotonic_us() - start > SLOW_US) c->no_yields = PAUSE;
+    return c->no_yields == 0;
+}
+
+static bool aof_commit(struct conn *c);
 
 /* Replaces all replies by MISCONF, in the form of the last request. */
 static void replace_replies(struct conn *c) {
@@ -1838,12 +1873,13 @@ static void replace_replies(struct conn *c) {
     for (size_t i = 0; i < c->replies; i++) fail(c, MISCONF ", the outcome is unknown");
 }
 
-/* Sends all replies, once what they reveal is safe in the append-only file. If the file
-   cannot be written and one of the requests writes, none of these replies may go out: all
-   become MISCONF. Blocks until the client has taken them, up to --timeout. Sets closing
-   on failure. */
+/* Sends all replies, once the records that they reveal are safe. Where the file cannot be
+   written there are two cases. If one of the requests writes, all replies become MISCONF.
+   If all only read, they are sent as they are, although they may reveal a change that a
+   crash now would undo: a full disk is no reason to stop reading. Blocks until the client
+   has taken the replies, up to --timeout. Sets closing on failure. */
 static void send_replies(struct conn *c) {
-    if (!aof_commit(c->seen) && c->writes) replace_replies(c);
+    if (!aof_commit(c) && c->writes) replace_replies(c);
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
     size_t sent = 0, len = c->out.failed ? 0 : c->out.len;
     while (sent < len) {
@@ -1851,17 +1887,17 @@ static void send_replies(struct conn *c) {
         if (n >= 0) {
             sent += (size_t)n;
         } else if (errno != EINTR) {
+            /* EAGAIN: the time is over that set_timeouts allows. */
             c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
             break;
         }
     }
-    c->out.len = c->replies = c->logged = 0;
+    c->out.len = c->replies = c->recorded = 0;
     c->writes = false;
     c->seen = 0;
 }
 
-/* Makes room and reads once, behind what there is. Returns what recv does, but is not
-   interrupted. */
+/* Reads once and appends to c->in. Returns recv's result; a signal does not interrupt. */
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
     char *to = buf_reserve(in, 2 * SMALL_BUF);
@@ -1874,34 +1910,25 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Looks for input without blocking, and lets other threads run before each look. To be
-   woken costs more than some looks, so a client that soon asks again is answered sooner.
-   That is wrong where other programs want the processor: a yield then gives them a time
-   slice of some ms. So after a yield of SLOW_US, which is more than kv's own threads mostly
-   need and less than a slice, this thread blocks at once in its next PAUSE reads. With more
-   than FEW_CLIENTS it always does, for there is mostly another one to serve. Returns as
-   recv does; -1 and EAGAIN: there is no input, or it has not looked. */
+/* Looks for input up to LOOKS times without blocking, and yields before each look.
+   Waking a thread that blocks costs more than some looks, so a client that soon asks
+   again gets its reply sooner. With more than FEW_CLIENTS it does not look, for then
+   there is mostly another client to serve. Returns what recv does, or -1 and EAGAIN
+   for no input. */
 static ssize_t look_for_input(struct conn *c) {
-    enum { FEW_CLIENTS = 256, LOOKS = 20, SLOW_US = 2500, PAUSE = 200 };
+    enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
     errno = EAGAIN;
-    if (c->blocking_reads > 0) c->blocking_reads--;
-    else if (clients <= FEW_CLIENTS) {
-        for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
-            int64_t start = monotonic_us();
-            sched_yield();
-            bool is_slow = monotonic_us() - start > SLOW_US;
-            n = receive(c, MSG_DONTWAIT);
-            if (!is_slow) continue;
-            c->blocking_reads = PAUSE;
-            break;
-        }
+    if (clients > FEW_CLIENTS) return n;
+    for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
+        if (!yield(c)) break;
+        n = receive(c, MSG_DONTWAIT);
     }
     return n;
 }
 
-/* The client has sent all that it will. If the server has not shut the connection down
-   itself, tells it about a line that has no end. */
+/* There is no more input. If the client has ended it, and not the server because it
+   stops, this tells the client about a line that has no end. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
     bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
@@ -1910,8 +1937,8 @@ static void end_input(struct conn *c) {
     fail_line(c, "ERR the last line has no newline: it may be cut short and is not run");
 }
 
-/* Waits for input, up to --timeout, and reads it behind what there is of a request. Says
-   in closing why no more will come. */
+/* Waits for input, up to --timeout, and appends it to what there is of a request. If
+   there will be no more, says in closing why. */
 static void read_more(struct conn *c) {
     struct buf *in = &c->in;
     in->len -= c->pos;
@@ -1925,33 +1952,41 @@ static void read_more(struct conn *c) {
     }
     if (n > 0) in->len += (size_t)n;
     else if (n == 0) end_input(c);
-    else c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
+    else
+        c->closing = errno == EAGAIN ? "timeout" : strerror(errno); /* see send_replies */
     /* Full: more is waiting, so take more at a time. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
-/* Runs all requests that have arrived in full. Sends replies now and then. */
+/* Runs all requests that have arrived in full. Sends replies in between when IO_CHUNK
+   bytes have gathered, in out and for the append-only file together: so both are
+   bounded. */
 static void run_requests(struct conn *c, const char *client) {
     while (stopping != GIVING_UP && next_request(c)) {
-        int64_t start = is_logged(COMMAND) ? monotonic_us() : 0;
-        run_request(c);
-        if (is_logged(COMMAND)) log_request(c, client, monotonic_us() - start);
-        c->replies++;
-        counters[c->fd % 64].commands++;
-        if (c->out.len + c->logged >= IO_CHUNK) send_replies(c);
+        if (c->argc > 0) {
+            int64_t start = is_logged(COMMAND) ? monotonic_us() : 0;
+            run_request(c);
+            if (is_logged(COMMAND)) log_request(c, client, monotonic_us() - start);
+            c->replies++;
+            counters[c->fd % 64].commands++;
+        }
+        if (c->out.len + c->recorded >= IO_CHUNK) send_replies(c);
     }
 }
 
-/* Closes fd so that the client gets the last replies. Input that is still unread at close
-   makes TCP drop them. So this says that no more will come, and then reads until the
-   client closes, too, has been silent for ms, or has gone on sending for ms. */
+/* Closes fd so that the client gets the last replies. Input that is still unread at
+   close makes TCP drop them. So this ends only our side first, and reads until the
+   client closes its side, has been silent for ms, or has gone on sending for ms. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
     int64_t end = monotonic_us() + 1000 * (int64_t)ms;
     bool open = shutdown(fd, SHUT_WR) == 0;
-    while (open && poll(&input, 1, ms) > 0)
-        open = recv(fd, unread, sizeof unread, 0) > 0 && monotonic_us() < end;
+    do {
+        int ready = poll(&input, 1, ms);
+        if (ready == 0) break;
+        if (ready > 0) open = recv(fd, unread, sizeof unread, MSG_DONTWAIT) > 0;
+    } while (open && monotonic_us() < end);
     close(fd);
 }
 
@@ -1991,12 +2026,12 @@ static void *conn_main(void *arg) {
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
-    pthread_mutex_t lock; /* guards the next two */
-    struct buf gathered;  /* records, and room for the checksum line behind them */
-    uint64_t end;         /* the last record */
+    pthread_mutex_t lock;     /* guards the next two; end is read without it, too */
+    struct buf gathered;      /* records, and room for the checksum line behind them */
+    atomic_uint_fast64_t end; /* the last record */
 
     pthread_mutex_t writer; /* guards the next three, and writing */
-    struct buf batch;       /* what is on its way to the file; empty: nothing */
+    struct buf batch;       /* on its way to the file; empty, unless a write has failed */
     size_t written;         /* so many of its bytes are there */
     uint64_t batch_end;     /* its last record */
 
@@ -2017,13 +2052,9 @@ static void format_sum_line(char *to, struct slice bytes) {
     snprintf(to, SUM_LINE + 1, "#SUM:%016" PRIx64 "\r\n", siphash(checksum_key, bytes));
 }
 
-/* Appends a record of n words, and sets *end to its number. Called with the lock of the
-   shard that it is about, or all. Returns false when memory is out: nothing is appended
-   then. Without --aof does nothing. */
-static bool aof_append(const struct slice *words, size_t n, uint64_t *end) {
-    struct buf *b = &aof.gathered;
-    if (aof.fd < 0) return true;
-    pthread_mutex_lock(&aof.lock);
+/* Adds a record of n words to b, and makes room for a checksum line, so that this line
+   cannot fail later. Returns false when memory is out: b is as it was. */
+static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     size_t old_len = b->len;
     buf_add_header(b, '*', n);
     for (size_t i = 0; i < n; i++) {
@@ -2031,9 +2062,25 @@ static bool aof_append(const struct slice *words, size_t n, uint64_t *end) {
         buf_add(b, words[i].p, words[i].len);
         buf_add_text(b, "\r\n");
     }
-    bool ok = buf_reserve(b, SUM_LINE + 1); /* now, so that it cannot fail later */
-    if (ok) *end = ++aof.end;
-    else *b = (struct buf){b->p, old_len, b->cap, false};
+    if (buf_reserve(b, SUM_LINE + 1)) return true;
+    *b = (struct buf){b->p, old_len, b->cap, false};
+    return false;
+}
+
+/* Ends the batch in b with its checksum line. */
+static void end_batch(struct buf *b) {
+    struct slice records = {b->p, b->len};
+    format_sum_line(b->p + b->len, records);
+    b->len += SUM_LINE;
+}
+
+/* Called with the lock of the shard that the record is about, or all. If memory is out,
+   nothing is appended. */
+static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
+    if (aof.fd < 0) return true;
+    pthread_mutex_lock(&aof.lock);
+    bool ok = add_record(&aof.gathered, words, n);
+    if (ok) *number = ++aof.end;
     pthread_mutex_unlock(&aof.lock);
     return ok;
 }
@@ -2053,8 +2100,8 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* Makes what has gathered the next batch, by a swap of two buffers. aof_append has made
-   room for the checksum line. Called with the writer's lock. */
+/* The gathered records become the next batch, by a swap of two buffers. add_record
+   has made room for the checksum line. Called with the writer's lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
     pthread_mutex_lock(&aof.lock);
@@ -2063,12 +2110,10 @@ static void take_batch(void) {
     aof.gathered = empty;
     pthread_mutex_unlock(&aof.lock);
     aof.written = 0;
-    if (b->len == 0) return;
-    format_sum_line(b->p + b->len, (struct slice){b->p, b->len});
-    b->len += SUM_LINE;
+    if (b->len > 0) end_batch(b);
 }
 
-/* Writes the rest of the last batch, if that could not be written, else the next batch.
+/* Finishes the last batch, if it could not be written in full, else writes the next one.
    With --fsync always waits for the disk. Called with the writer's lock. Returns false
    when writing fails; the next call goes on where it stopped. A failed fsync ends the
    program, for then nothing is known about the file. */
@@ -2094,27 +2139,36 @@ static bool write_batch(void) {
     return true;
 }
 
-/* Waits until the record upto is safe: written, and with --fsync always on the disk.
-   Group commit: the first thread
-   that comes writes for all that have come. Those that come meanwhile wait for the lock;
-   the first of them writes for all of them, and the others find it done. It may take two
-   batches, where the first was left over from a failure. Returns false when writing
-   fails. */
-static bool aof_commit(uint64_t upto) {
-    if (aof.safe >= upto) return true;
-    if (aof.broken) return false;
-    pthread_mutex_lock(&aof.writer);
-    while (aof.safe < upto && !aof.broken) write_batch();
-    pthread_mutex_unlock(&aof.writer);
-    return aof.safe >= upto;
+/* An fsync takes long, and many records can share one. So other threads may run as
+   long as they append more. That ends, for each of them soon has to commit, too. */
+static void let_others_append(struct conn *c) {
+    uint64_t end = 0;
+    while (aof.end > end) {
+        end = aof.end;
+        if (!yield(c)) return;
+    }
 }
 
-/* Writes all there is, also after a failure. Returns false if it fails again. */
+/* Waits until the records that c has seen are safe. Group commit: the first thread that
+   comes writes for all that have come. Those that come meanwhile wait for the lock; the
+   first of them writes for all of them, and the others find it done. Returns false when
+   writing fails. */
+static bool aof_commit(struct conn *c) {
+    if (aof.safe >= c->seen) return true;
+    if (aof.broken) return false;
+    if (fsync_policy == FSYNC_ALWAYS) let_others_append(c);
+    pthread_mutex_lock(&aof.writer);
+    /* No failure has left a batch over, so the next one takes all there is. */
+    if (aof.safe < c->seen && !aof.broken) write_batch();
+    pthread_mutex_unlock(&aof.writer);
+    return aof.safe >= c->seen;
+}
+
+/* Writes all there is, also after a failure: first the rest of the batch that failed.
+   Returns false if it fails again. */
 static bool aof_write_all(void) {
     bool ok = true;
-    pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    pthread_mutex_unlock(&aof.lock);
     pthread_mutex_lock(&aof.writer);
     while (ok && aof.safe < end) ok = write_batch();
     pthread_mutex_unlock(&aof.writer);
@@ -2132,7 +2186,7 @@ static void aof_tick(void) {
     synced = safe;
 }
 
-/* --- At the start: replay ------------------------------------------------------------ */
+/* --- At the start: replay ----------------------------------------------------------- */
 
 /* Whether a checksum line begins at p. */
 static bool is_sum_line(const char *p, const char *end) {
@@ -2142,13 +2196,14 @@ static bool is_sum_line(const char *p, const char *end) {
     return memcmp(p + 21, "\r\n", 2) == 0;
 }
 
-/* The batch at start is not whole, or its checksum is wrong. Two things can have happened:
+/* The batch at start is not whole, or its checksum is wrong. Two things can have
+   happened:
 
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if nothing from start on looks like a checksum line. A value that looks like
-   one makes a torn file pass for damaged: a person decides then. */
+   It is torn if nothing from start on looks like a checksum line. A value that looks
+   like one makes a torn file pass for damaged: a person decides then. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -2156,8 +2211,9 @@ static bool is_torn(struct slice file, size_t start) {
     return true;
 }
 
-/* Returns where the checksum line is that ends the batch at start, if that is right; else
-   NULL. */
+/* Returns the checksum line that ends the batch at start. Returns NULL if it is not
+   right, or if there is none. c->in may be a map of the file, for take_array does not
+   change it. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2171,11 +2227,13 @@ static const char *check_batch(struct conn *c, size_t start) {
     return at < end && memcmp(at, right, SUM_LINE) == 0 ? at : NULL;
 }
 
-/* Runs the record at c->pos. What cannot be run ends the program, and so does a signal. */
+/* Runs the record at c->pos. What cannot be run ends the program, and so does a
+   signal. */
 static void replay_record(struct conn *c) {
     size_t at = c->pos;
     c->argc = c->out.len = 0;
     bool ok = take_array(c) == COMPLETE && c->argc > 0 && run_request(c);
+    aof.end++;
     if (!ok || c->out.failed) {
         struct slice reply = {c->out.p, c->out.len};
         die(1, "%s: at byte %zu: %s", opt.aof, at,
@@ -2186,8 +2244,10 @@ static void replay_record(struct conn *c) {
     exit(0);
 }
 
-/* Runs the file, which is in memory, batch by batch, each after its checksum was found to
-   be right. Returns how many bytes are good: the rest is torn. Damage ends the program. */
+/* Runs the file, which is mapped into memory, batch by batch, each after its checksum was
+   found to be right. c is a connection without a client. aof.fd is still -1, so that its
+   commands append nothing. Returns how many bytes are good: the rest is torn. Damage ends
+   the program. */
 static size_t replay(struct slice file) {
     struct conn c = {.resp = true, .authed = true};
     c.in = (struct buf){file.p, file.len, file.len, false};
@@ -2216,7 +2276,8 @@ static size_t replay(struct slice file) {
     return good;
 }
 
-/* Replays the file that is open as fd, and returns how many of its size bytes are good. */
+/* Replays the file that is open as fd, and returns how many of its size bytes are
+   good. */
 static size_t replay_file(int fd, size_t size, const char *header) {
     /* One byte more, for mmap refuses 0. */
     char *p = mmap(NULL, size + 1, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -2231,25 +2292,127 @@ static size_t replay_file(int fd, size_t size, const char *header) {
     return good;
 }
 
-/* Flushes the file's name to the disk, too. Some file systems cannot (EINVAL), and some
-   directories may not be opened. */
-static void sync_directory(void) {
-    char *path = strdup(opt.aof);
-    int fd = path ? open(dirname(path), O_RDONLY) : -1;
+/* Flushes the name of the file at path to the disk, too. Some file systems cannot
+   (EINVAL), and some directories may not be opened. */
+static void sync_directory(char *path) {
+    int fd = open(dirname(path), O_RDONLY);
     if (fd >= 0 && !sync_file(fd) && errno != EINVAL)
         die_of_aof("fsync of its directory");
     if (fd >= 0) close(fd);
-    free(path);
 }
 
-/* Opens, locks and replays the file. It may be a new one. */
-static void aof_open(void) {
+/* --- At the start: compaction ------------------------------------------------------- */
+
+/* Ends and writes the batch in b, and empties b. */
+static bool write_batch_to(int fd, struct buf *b) {
+    size_t written = 0;
+    end_batch(b);
+    while (written < b->len) {
+        ssize_t n = write(fd, b->p + written, b->len - written);
+        if (n < 0 && errno != EINTR) return false;
+        if (n > 0) written += (size_t)n;
+    }
+    b->len = 0;
+    return true;
+}
+
+/* Adds the record that makes the entry. */
+static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
+    char ms[24];
+    int64_t deadline = deadline_of(t, e);
+    struct slice key = {e->data, e->key_len};
+    snprintf(ms, sizeof ms, "%" PRId64, deadline);
+    struct slice record[] = {
+        str("SET"), key, entry_value(e), str("PXAT"), str(ms),
+    };
+    return add_record(b, record, deadline == NEVER ? 3 : 5);
+}
+
+/* Writes a file that makes all that is in the tables: an empty batch as the header,
+   then FLUSHALL, so that a program that follows the file by its name begins anew,
+   then a SET for each key, in batches. No other thread runs yet. Returns false on
+   failure, and when a signal asks for the end. */
+static bool write_tables(int fd) {
+    struct slice flush[] = {str("FLUSHALL")};
+    struct buf b = {0};
+    bool ok = buf_reserve(&b, SUM_LINE + 1) && write_batch_to(fd, &b);
+    ok = ok && add_record(&b, flush, 1);
+    for (long i = 0; i < opt.shards; i++) {
+        const struct table *t = &shards[i].table;
+        for (size_t bucket = 0; bucket < t->size; bucket++) {
+            for (struct entry *e = t->buckets[bucket]; e && ok; e = e->next)
+                ok = add_entry(&b, t, e);
+            if (b.len < IO_CHUNK) continue;
+            ok = ok && stopping == SERVING && write_batch_to(fd, &b);
+        }
+    }
+    ok = ok && write_batch_to(fd, &b) && sync_file(fd);
+    free(b.p);
+    return ok;
+}
+
+static bool lock_file(int fd) {
     struct flock whole_file = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    char header[SUM_LINE + 1];
-    format_sum_line(header, str(""));
+    return fcntl(fd, F_SETLK, &whole_file) == 0;
+}
+
+/* Writes a shorter file that is to replace the one at path, open as old. Returns its
+   descriptor, or -1. */
+static int write_compact(const char *name, const char *path, int old) {
+    struct stat st;
+    unlink(name); /* a leftover of a crash; mostly there is none */
+    int fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_APPEND, 0600);
+    if (fd < 0) return -1;
+    bool keeps_mode = fstat(old, &st) == 0 && fchmod(fd, st.st_mode & 07777) == 0;
+    if (keeps_mode && write_tables(fd) && lock_file(fd) && rename(name, path) == 0)
+        return fd;
+    unlink(name);
+    close(fd);
+    return -1;
+}
+
+/* Compacts the file at path, open as fd, if it holds more than twice the records that
+   its keys need. path is free of symbolic links, so those that lead there stay.
+   Returns the descriptor of the file that serves: the old one if it cannot be
+   replaced, for that is no reason not to start. A crash leaves the old file or the
+   new one, whole. */
+static int compact(const char *path, int fd) {
+    char name[PATH_MAX + 16];
+    struct stat st;
+    uint64_t keys = 0;
+    for (long i = 0; i < opt.shards; i++) keys += shards[i].table.count;
+    if (aof.end <= 2 * keys + 1) return fd; /* 1: FLUSHALL */
+    /* A file of several names is left alone: a rename would change only one. */
+    if (fstat(fd, &st) < 0 || st.st_nlink != 1) return fd;
+    snprintf(name, sizeof name, "%s.compact", path);
+    int compacted = write_compact(name, path, fd);
+    if (compacted < 0) {
+        say(WARN, "%s is not compacted: %s", opt.aof, strerror(errno));
+        return fd;
+    }
+    close(fd);
+    return compacted;
+}
+
+/* Opens and locks the file. Sets path to its name free of symbolic links, which has room
+   for PATH_MAX bytes. Returns its descriptor. */
+static int open_and_lock(char *path) {
+    struct stat opened, named;
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
-    if (fd < 0) die_of_aof("open");
-    if (fcntl(fd, F_SETLK, &whole_file) < 0) die_of_aof("in use by another kv");
+    if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
+    if (!lock_file(fd)) die_of_aof("in use by another kv");
+    /* Another kv may have put a compacted file in its place between open and lock. */
+    bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
+    if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
+        die(1, "%s: in use by another kv", opt.aof);
+    return fd;
+}
+
+/* Opens, locks, replays and compacts the file. It may be a new one. */
+static void aof_open(void) {
+    char header[SUM_LINE + 1], path[PATH_MAX];
+    format_sum_line(header, str(""));
+    int fd = open_and_lock(path);
     off_t size = lseek(fd, 0, SEEK_END);
     if (size < 0) die_of_aof("read");
     if ((uintmax_t)size >= SIZE_MAX) die(1, "%s is too large for this machine", opt.aof);
@@ -2260,8 +2423,9 @@ static void aof_open(void) {
     if (ftruncate(fd, good) < 0) die_of_aof("truncate");
     if (good == 0 && write(fd, header, SUM_LINE) != SUM_LINE) die_of_aof("write");
     if (!sync_file(fd)) die_of_aof("fsync");
-    sync_directory();
-    aof.fd = fd;
+    aof.safe = aof.end;
+    aof.fd = compact(path, fd);
+    sync_directory(path);
 }
 
 /* The size of the file in bytes, for INFO. */
@@ -2270,20 +2434,19 @@ static int64_t aof_size(void) {
     return aof.fd >= 0 && fstat(aof.fd, &st) == 0 ? st.st_size : 0;
 }
 
-/* Writes and syncs what is left. Returns whether all is safe, in a file that has a name. */
+/* Writes and syncs what is left. Returns whether all is safe, in a file that nobody has
+   deleted. */
 static bool aof_close(void) {
     struct stat st;
     bool ok = aof_write_all();
     if (!sync_file(aof.fd) || fstat(aof.fd, &st) < 0) die_of_aof("fsync");
     if (st.st_nlink == 0) say(ERROR, "%s was deleted while kv ran", opt.aof);
-    free(aof.gathered.p);
-    free(aof.batch.p);
     return ok && st.st_nlink > 0;
 }
 
 /* === 11 The server ================================================================= */
 
-/* Options of a socket may fail, and do where the client is gone already. A connection
+/* Setting an option may fail, for example where the client is gone already. A connection
    works without, only less well. */
 static void set_option_of(int fd, int level, int name, int value) {
     (void)setsockopt(fd, level, name, &value, sizeof value);
@@ -2321,7 +2484,7 @@ static void refuse_client(int fd, const char *why) {
 }
 
 /* Accepts a client and starts its thread. Where the system has no descriptor or no memory
-   the client waits. This waits 10 ms then, for poll would return at once. */
+   the client waits, and this function sleeps 10 ms, for poll would return at once. */
 static void accept_client(int listener, const pthread_attr_t *attributes) {
     static atomic_llong logged;
     pthread_t id;
@@ -2366,9 +2529,10 @@ static int listen_on(void) {
     set_option_of(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     bool bound =
         fcntl(fd, F_SETFL, O_NONBLOCK) == 0 && bind(fd, a->ai_addr, a->ai_addrlen) == 0;
+    int bind_error = errno;
     freeaddrinfo(all);
-    const char *hint = errno == EADDRINUSE ? "; -p 0 takes any free port" : "";
-    if (!bound) die(1, "%s port %s: %s%s", opt.bind, port, strerror(errno), hint);
+    const char *hint = bind_error == EADDRINUSE ? "; -p 0 takes any free port" : "";
+    if (!bound) die(1, "%s port %s: %s%s", opt.bind, port, strerror(bind_error), hint);
     struct text here = address_of(fd, getsockname);
     bool local =
         strncmp(here.text, "127.", 4) == 0 || strncmp(here.text, "[::1]", 5) == 0;
@@ -2412,12 +2576,14 @@ static void on_signal(int number) {
 static void catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal}, hangup;
     signal(SIGPIPE, SIG_IGN); /* so that send fails instead */
-    signal(SIGXFSZ, SIG_IGN); /* so that write does */
+    signal(SIGXFSZ, SIG_IGN); /* so that write fails instead */
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGHUP, NULL, &hangup);
     if (hangup.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL); /* else: nohup */
 }
+
+static int max_descriptors; /* each is below this number */
 
 /* Allows as many descriptors as --max-clients needs. With fewer some clients wait until
    others leave. */
@@ -2426,6 +2592,7 @@ static void reserve_descriptors(void) {
     getrlimit(RLIMIT_NOFILE, &limit);
     rlim_t want = (rlim_t)opt.max_clients + 32; /* the log, the file, who lingers, ... */
     limit.rlim_cur = limit.rlim_max < want ? limit.rlim_max : want;
+    max_descriptors = (int)limit.rlim_cur;
     if (setrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur < want)
         say(WARN, "only %ju descriptors for --max-clients", (uintmax_t)limit.rlim_cur);
 }
@@ -2445,8 +2612,8 @@ static void draw_table_key(void) {
     close(fd);
 }
 
-/* Sets up attributes for the threads of connections. Nobody waits for their end. A stack
-   is small: 64 KiB, or as much as the system asks for. */
+/* Sets up attributes for the threads of connections. They are detached: nobody joins
+   them. A stack is small: 64 KiB, or as much as the system asks for. */
 static void prepare_threads(pthread_attr_t *attributes) {
     long stack = sysconf(_SC_THREAD_STACK_MIN);
     if (stack < 65536) stack = 65536;
@@ -2456,11 +2623,11 @@ static void prepare_threads(pthread_attr_t *attributes) {
         die(1, "cannot set up threads");
 }
 
-/* Shuts all connections down, in one direction or in both. It tries all descriptors that
-   there can be, so kv needs no list of its connections; only sockets mind. */
+/* Shuts all connections down, in one direction or in both. It tries all descriptors
+   that there can be, so kv needs no list of its connections; where one is no socket,
+   shutdown just fails. */
 static void shut_down_all(int how) {
-    int most = (int)sysconf(_SC_OPEN_MAX);
-    for (int fd = 3; fd < most; fd++) (void)shutdown(fd, how);
+    for (int fd = 3; fd < max_descriptors; fd++) (void)shutdown(fd, how);
 }
 
 static void wait_for_threads(int64_t ms) {
@@ -2468,7 +2635,7 @@ static void wait_for_threads(int64_t ms) {
     while (threads > 0 && monotonic_us() < end) sleep_ms(10);
 }
 
-/* Has the threads of all connections end. After SHUT_RD a thread still reads what has
+/* Makes the threads of all connections end. After SHUT_RD a thread still reads what has
    arrived (on Linux), answers it, and then sees the end of the input. A client that goes
    on sending is served for 2 s. Then nothing more is run, and replies to what was run get
    half a second. */
@@ -2481,7 +2648,8 @@ static void stop_connections(void) {
     wait_for_threads(1000);
 }
 
-/* Accepts clients until a signal asks for the end, then those that had connected before. */
+/* Accepts clients until a signal asks for the end, and then, for half a second at most,
+   those that had connected before. */
 static void accept_clients(int listener) {
     pthread_attr_t attributes;
     struct pollfd input = {.fd = listener, .events = POLLIN};
@@ -2513,7 +2681,7 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    mallopt(M_ARENA_MAX, 2); /* or memory that one thread frees is of no use to others */
+    mallopt(M_ARENA_MAX, 2); /* so that others can use what a thread frees */
 #endif
     if (opt.aof) aof_open();
     int listener = listen_on();
@@ -2525,8 +2693,10 @@ int main(int argc, char **argv) {
     stop_connections();
     pthread_join(expiry, NULL);
     bool ok = !opt.aof || aof_close();
-    if (threads > 0) return ok ? 0 : 1; /* they may still use the tables */
+    if (threads > 0) return ok ? 0 : 1; /* they may still use what is freed now */
     for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
+    free(aof.gathered.p);
+    free(aof.batch.p);
     say(INFO, "stopped");
     return ok ? 0 : 1;
 }
