@@ -2653,6 +2653,8 @@ wrong_hellos=(
         # shellcheck disable=SC2086  # words are what is meant
         { resp $words && resp GET none; } | talk | is_like "-$not_authed"$'\r' $'-NOAUTH Authentication required\\.\r'
     done
+    ask 'HELLO 3 AUTH default sesame SETNAME' 'HELLO 9 AUTH default sesame' 'GET none' | # nobody is logged in
+        is_like "\(error\) ERR Syntax error in HELLO option 'SETNAME'" '\(error\) NOPROTO .*' "$noauth"
     { resp HELLO 3 AUTH default sesame SETNAME me && resp GET none; } | talk | tail -n 1 | is $'_\r'
     ask 'HELLO 2 setname me auth default sesame' 'GET none' | tail -n 2 | is '(6 items)' '(nil)'
     { yes 'HELLO 3 AUTH default x' | head -n 15 && printf 'AUTH sesame\n'; } | talk | uniq -c |
