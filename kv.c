@@ -277,9 +277,9 @@ struct buf {
     bool failed;
 };
 
-/* A buffer begins with SMALL_BUF bytes. Replies are sent when IO_CHUNK bytes of them have
-   gathered, and a read takes about as many. */
-enum { SMALL_BUF = 512, IO_CHUNK = 65536 };
+/* A buffer begins with SMALL_BUF bytes. A read has room for at least MIN_READ bytes.
+   Replies are sent when IO_CHUNK bytes of them have gathered. */
+enum { SMALL_BUF = 512, MIN_READ = 1024, IO_CHUNK = 65536 };
 
 /* Makes room for n more bytes and returns where they go, or NULL when memory is out. The
    capacity doubles, so that in the long run each byte is copied about once. */
@@ -322,7 +322,7 @@ static void buf_add_header(struct buf *b, char type, size_t n) {
 
 /* Frees the memory of a buffer that is empty and has become large. */
 static void buf_slim(struct buf *b) {
-    if (b->len > 0 || b->cap <= 2 * SMALL_BUF) return;
+    if (b->len > 0 || b->cap <= MIN_READ) return;
     free(b->p);
     *b = (struct buf){.failed = b->failed};
 }
@@ -1322,7 +1322,7 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 /* --- All keys ----------------------------------------------------------------------- */
 
 /* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
-   it, too. In [a-] the ] is the end of a range, and does not close the class, as in Redis.
+   it, too. In [a-] the ] is the end of a range and does not close the class: so in Redis.
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1886,7 +1886,7 @@ static void send_replies(struct conn *c) {
 /* Reads once and appends to c->in. Returns recv's result; a signal does not interrupt. */
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
-    char *to = buf_reserve(in, 2 * SMALL_BUF);
+    char *to = buf_reserve(in, MIN_READ);
     errno = ENOMEM;
     ssize_t n = -1;
     while (to && n < 0) {
