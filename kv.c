@@ -1851,7 +1851,7 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-static bool aof_commit(struct conn *c);
+static bool aof_commit(const struct conn *c);
 
 /* Replaces all replies by MISCONF, in the form of the last request. */
 static void replace_replies(struct conn *c) {
@@ -2141,17 +2141,23 @@ static bool write_batch(void) {
     return true;
 }
 
+/* An fsync takes long, and many records can share one. So before it a thread lets others
+   run and append, for JOIN_US or until there is nothing left to do for it. */
+static void let_others_append(const struct conn *c) {
+    enum { JOIN_US = 500, YIELDS = 10 };
+    int64_t end = monotonic_us() + JOIN_US;
+    for (int i = 0; i < YIELDS && aof.safe < c->seen && monotonic_us() < end; i++)
+        sched_yield();
+}
+
 /* Waits until the records that c has seen are safe. Group commit: the first thread that
    comes writes for all that have come. Those that come meanwhile wait for the lock; the
-   first of them writes for all of them, and the others find it done. An fsync takes long,
-   so before one the thread yields MORE times: others may append and share it. Returns
-   false when writing fails. */
-static bool aof_commit(struct conn *c) {
-    enum { MORE = 10 };
+   first of them writes for all of them, and the others find it done. Returns false when
+   writing fails. */
+static bool aof_commit(const struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
-    int yields = fsync_policy == FSYNC_ALWAYS ? MORE : 0;
-    while (yields > 0 && aof.safe < c->seen && yield(c)) yields--;
+    if (fsync_policy == FSYNC_ALWAYS) let_others_append(c);
     pthread_mutex_lock(&aof.writer);
     /* Not broken, so batch is empty, and write_batch takes all that has gathered: what c
        has seen is in it, and one call is enough. */
