@@ -26,8 +26,9 @@
  * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
  * No thread reads, sends, writes or sleeps with one of these two. The thread that writes
- * the file holds a third lock, the writer's, and takes no shard lock meanwhile. All else
- * that threads share is atomic, or set before they start. To lock a mutex that is
+ * the file holds a third lock, the writer's, and takes no shard lock meanwhile. Inside any
+ * of them a thread may log a line, under a lock of its own that nobody keeps for long.
+ * All else that threads share is atomic, or set before they start. To lock a mutex that is
  * initialized and not held by the same thread cannot fail, so nothing checks it.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
@@ -81,11 +82,12 @@ struct text {
 
 /* How far the server is on its way to its end. (To read, set or count up an atomic
    variable with the usual operators is atomic.) */
-static enum stage {
+enum stage {
     SERVING,
-    ANSWERING /* what has arrived */,
-    GIVING_UP
-} _Atomic stopping;
+    ANSWERING, /* a signal came: answer what has arrived, then close */
+    GIVING_UP, /* run nothing more, only send the replies to what was run */
+};
+static _Atomic enum stage stopping = SERVING;
 
 /* === 1 Options and log ============================================================= */
 
@@ -160,9 +162,9 @@ static bool is_logged(enum level level) {
 }
 
 /* Writes one line to stderr in one call, so that the lines of several threads never mix.
-   What does not fit is cut. Never blocks: where nobody reads a pipe, so that it is full,
-   the line is dropped. The lock keeps another thread from filling the pipe between poll
-   and write. */
+   What does not fit is cut. Never blocks: if stderr is a full pipe that nobody reads, the
+   line is dropped. The lock keeps other threads from filling the pipe between poll and
+   write. */
 static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
     static const char *tags[] = {"ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -191,8 +193,8 @@ static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
 /* Logs an error and ends the program. */
 #define die(status, ...) (say(ERROR, __VA_ARGS__), exit(status))
 
-/* Whether this is the first call in this second with this *last. For what a stranger can
-   cause, lest he fills the log. */
+/* Whether this is the first call in this second with this *last. It limits the lines that
+   strangers can provoke to one a second. */
 static bool is_first_this_second(atomic_llong *last) {
     long long second = 1 + monotonic_us() / 1000000; /* *last starts with 0 */
     return atomic_exchange(last, second) != second;
@@ -244,7 +246,7 @@ static void print_help(void) {
 
 /* One end of a connection as text, 127.0.0.1:8080 or [::1]:8080. get is getpeername for
    the other end, getsockname for ours. */
-static struct text address_of(int fd, int get(int, struct sockaddr *, socklen_t *)) {
+static struct text address_of(int fd, int (*get)(int, struct sockaddr *, socklen_t *)) {
     struct text out = {"a client that is gone"};
     struct sockaddr_storage storage;
     struct sockaddr *address = (struct sockaddr *)&storage;
@@ -332,7 +334,7 @@ struct conn {
     size_t max_bytes, max_words; /* of a request */
     const char *closing;         /* why to close once the replies are sent; NULL: go on */
     struct buf in;               /* what was read */
-    size_t pos;                  /* where in in the next request begins */
+    size_t pos;                  /* offset in in.p of the next request */
     size_t scanned;              /* so many bytes from pos on hold no newline */
     struct buf out;              /* replies that are not sent yet */
     int blocking_reads;          /* so many reads block at once: see look_for_input */
@@ -341,7 +343,7 @@ struct conn {
     size_t replies; /* so many are in out */
     bool writes;    /* one of the requests writes */
     size_t logged;  /* bytes of keys and values that went to the append-only file */
-    uint64_t seen;  /* the last record that a reply may reveal: it must be safe first */
+    uint64_t seen; /* number of the last record that a reply may reveal, see section 10 */
 
     /* The request at hand: */
     bool resp;          /* it is RESP, and so is the reply; else both are text */
@@ -392,13 +394,18 @@ static bool parse_int(struct slice s, int64_t *n) {
 /* Whether a request could be taken off the input. WRONG: it has been answered. */
 enum outcome { COMPLETE, INCOMPLETE, WRONG };
 
-/* Answers a request behind which nobody knows where the next one begins, or that is too
-   long, and has the connection closed. */
-static enum outcome refuse(struct conn *c, const char *why) {
+/* Answers a line that is wrong. */
+static enum outcome fail_line(struct conn *c, const char *why) {
     fail(c, "ERR %s", why);
     c->replies++;
-    c->closing = why;
     return WRONG;
+}
+
+/* Answers a request that is too long, or so broken that the start of the next one cannot
+   be found, and has the connection closed. */
+static enum outcome refuse(struct conn *c, const char *why) {
+    c->closing = why;
+    return fail_line(c, why);
 }
 
 static enum outcome refuse_long(struct conn *c) {
@@ -423,21 +430,17 @@ static enum outcome add_word(struct conn *c, char *p, size_t len) {
 
 /* --- Text: line = { blank word } blank ("\n" | "\r\n") ------------------------------ */
 
-static const char bad_escape[] =
-    "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH";
-static const char bad_quotes[] =
-    "unbalanced quotes: a word that begins with a quote ends with one";
-
-/* The escapes that are a letter, and the bytes that they mean. */
-static const char escape_letters[] = "\\nrt\"", escape_bytes[] = "\\\n\r\t\"";
+/* The escapes that are a letter, and the byte that each means. */
+static const char escape_letters[] = {'\\', 'n', 'r', 't', '"'};
+static const char escape_bytes[] = {'\\', '\n', '\r', '\t', '"'};
 
 static bool is_hex(char c) { return isxdigit((unsigned char)c) != 0; }
 
-/* escape = "\" ("\"" | "\" | "n" | "r" | "t" | "x" hex hex)
+/* escape = "\" ("\" | "n" | "r" | "t" | "\"" | "x" hex hex)
    Decodes the escape at from to *to. Returns where it ends, or NULL if there is none. It
-   looks no further than the line's CR or LF, which no escape contains. */
+   stops at the first byte that does not fit, at the latest at the line's end. */
 static char *unescape(char *from, char *to) {
-    const char *letter = memchr(escape_letters, from[1], sizeof escape_letters - 1);
+    const char *letter = memchr(escape_letters, from[1], sizeof escape_letters);
     if (letter) {
         *to = escape_bytes[letter - escape_letters];
         return from + 2;
@@ -451,40 +454,43 @@ static char *unescape(char *from, char *to) {
 
 /* quoted = "'" { byte } "'" | '"' { byte | escape } '"'
    Adds the quoted word at *at to argv, and moves *at behind it. The word is decoded in
-   place, for an escape is longer than its byte. Returns NULL, or what is wrong. */
-static const char *take_quoted(struct conn *c, char **at, char *end) {
-    char mark = **at, *start = *at + 1, *from = start, *to = start;
+   place, for an escape is longer than its byte. */
+static enum outcome take_quoted(struct conn *c, char **at, char *end) {
+    char mark = **at, *start = *at + 1;
+    char *from = start, *to = start;
     while (from < end && *from != mark) {
         bool is_escape = mark == '"' && *from == '\\';
         char *next = is_escape ? unescape(from, to) : from + 1;
-        if (!next) return bad_escape;
+        if (!next)
+            return fail_line(
+                c, "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH");
         if (!is_escape) *to = *from;
         from = next;
         to++;
     }
-    if (from == end) return bad_quotes;
+    bool is_closed = from < end && (from + 1 == end || is_blank(from[1]));
+    if (!is_closed)
+        return fail_line(
+            c, "unbalanced quotes: a word that begins with a quote ends with one");
     *at = from + 1;
-    if (*at < end && !is_blank(**at)) return bad_quotes;
-    add_word(c, start, (size_t)(to - start));
-    return NULL;
+    return add_word(c, start, (size_t)(to - start));
 }
 
-/* Splits a line, which ends at end, into argv; a comment has no words. Returns NULL, or
-   what is wrong with the line. */
-static const char *split_line(struct conn *c, char *at, char *end) {
-    while (!c->closing) {
+static enum outcome take_plain(struct conn *c, char **at, char *end) {
+    char *start = *at;
+    while (*at < end && !is_blank(**at)) (*at)++;
+    return add_word(c, start, (size_t)(*at - start));
+}
+
+/* Splits a line, which ends at end, into argv. A comment has no words. */
+static enum outcome split_line(struct conn *c, char *at, char *end) {
+    for (;;) {
         while (at < end && is_blank(*at)) at++;
-        if (at == end || (c->argc == 0 && *at == '#')) return NULL;
-        if (*at == '"' || *at == '\'') {
-            const char *wrong = take_quoted(c, &at, end);
-            if (wrong) return wrong;
-        } else {
-            char *start = at;
-            while (at < end && !is_blank(*at)) at++;
-            add_word(c, start, (size_t)(at - start));
-        }
+        if (at == end || (c->argc == 0 && *at == '#')) return COMPLETE;
+        bool quoted = *at == '"' || *at == '\'';
+        enum outcome word = quoted ? take_quoted(c, &at, end) : take_plain(c, &at, end);
+        if (word == WRONG) return WRONG;
     }
-    return NULL;
 }
 
 /* Takes a line off the input and splits it into argv. */
@@ -498,17 +504,13 @@ static enum outcome take_line(struct conn *c) {
     if (len > c->max_bytes) return refuse_long(c);
     if (!newline) return INCOMPLETE;
     c->pos += len;
-    const char *wrong = split_line(c, line, c->crlf ? newline - 1 : newline);
-    if (!wrong) return c->closing ? WRONG : COMPLETE;
-    fail(c, "ERR %s", wrong);
-    c->replies++;
-    return WRONG;
+    return split_line(c, line, c->crlf ? newline - 1 : newline);
 }
 
 /* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } -------------- */
 
 /* Reads the number of a header, which begins at *at with a type byte, and moves *at
-   behind it. Without a CRLF where a number must have ended the number is wrong. */
+   behind it. If no line end comes within LONGEST bytes, the header is wrong. */
 static enum outcome read_header(char **at, char *end, int64_t *n) {
     enum { LONGEST = 32 };
     char *digits = *at + 1;
@@ -520,9 +522,9 @@ static enum outcome read_header(char **at, char *end, int64_t *n) {
     return parse_int(number, n) ? COMPLETE : WRONG;
 }
 
-/* Adds the string at *at to argv, and moves *at behind it. room: so many bytes are left
-   of what a request may have. A length that is too long is refused before its bytes
-   arrive. */
+/* Adds the string at *at to argv, and moves *at behind it. room: the bytes that the
+   request may still have, from *at on. A length that is too long is refused before its
+   bytes arrive. */
 static enum outcome take_string(struct conn *c, char **at, char *end, int64_t room) {
     char *start = *at;
     int64_t len;
@@ -544,8 +546,8 @@ static enum outcome take_string(struct conn *c, char **at, char *end, int64_t ro
 /* Takes an array off the input, its strings as argv. One that has arrived in part is read
    from its beginning each time: that is at most MAX_WORDS short steps. */
 static enum outcome take_array(struct conn *c) {
-    char *start = c->in.p + c->pos, *end = c->in.p + c->in.len;
-    char *at = start;
+    char *start = c->in.p + c->pos, *at = start;
+    char *end = c->in.p + c->in.len;
     int64_t words;
     c->crlf = true;
     enum outcome header = read_header(&at, end, &words);
@@ -674,17 +676,18 @@ static bool reply_string(struct conn *c, struct slice s, bool quoted) {
     return reply_line(c, "", str(""));
 }
 
+/* A value, in text bare where it cannot be misread: two words. */
 static bool reply_value(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, false));
 }
 
-/* A value that in text can be sent back as a word. */
+/* A value that in text can be sent back as a word: "two words". */
 static bool reply_word(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, true));
 }
 
-/* A reply of n lines begins with list_start and ends with list_end: RESP has the number
-   before the lines, text behind them. noun is in the singular. */
+/* A reply of n lines begins with list_start and ends with list_end: RESP puts the number
+   first, text puts it last. noun is in the singular. */
 static void list_start(struct conn *c, size_t n) {
     if (c->resp) buf_add_header(&c->out, '*', n);
 }
@@ -705,7 +708,8 @@ static const uint64_t checksum_key[2] = {0, 0};
 static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
 
 /* Eight bytes as a number, the lowest byte first whatever the machine's own order, for
-   the checksum goes into a file. Compilers make one load of it (of a loop they do not). */
+   the checksum goes into a file. It is written out because compilers turn this, but not a
+   loop, into one load. */
 static uint64_t load_word(const unsigned char *p) {
     uint64_t word = p[0];
     word |= (uint64_t)p[1] << 8;
@@ -879,7 +883,8 @@ static void table_insert(struct table *t, struct entry *e) {
 
 /* Takes out an entry and frees it. The buckets stay: a table never shrinks. */
 static void table_remove(struct table *t, struct entry *e) {
-    struct entry **link = bucket_of(t, e->hash);
+    struct entry **link =
+        bucket_of(t, e->hash); /* becomes the pointer that points to e */
     while (*link != e) link = &(*link)->next;
     *link = e->next;
     deadline_clear(t, e);
@@ -914,7 +919,8 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or else further down as long as a child is sooner. */
+   is later, or further down as long as a child is sooner. Only one of the two loops moves
+   anything. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -959,7 +965,8 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 }
 
 /* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
-   get its lock soon. Returns whether there may be more. */
+   get its lock soon. Returns whether there may be more. The append-only file gets no
+   record: it knows the deadlines. */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -996,7 +1003,7 @@ static void *expiry_main(void *unused) {
 /* === 8 Commands ==================================================================== */
 
 /* KEY: works on the key in argv[1]. WRITES: changes data. OPEN: allowed before AUTH. */
-enum { KEY = 1, WRITES = 2, OPEN = 4, ANY = MAX_WORDS };
+enum { KEY = 1, WRITES = 2, OPEN = 4 };
 
 /* A row of the table of commands says all about one. The words that a request may have
    are counted with the name. run replies once, and returns what the reply returned. If
@@ -1018,6 +1025,7 @@ struct command {
    memory is out nothing has been changed, here or there. All this is done while the
    key's shard is locked: the file has the order in which things happened. */
 
+/* Appends a record of n words, and sets *end to its number; see section 10. */
 static bool aof_append(const struct slice *words, size_t n, uint64_t *end);
 
 static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
@@ -1026,13 +1034,15 @@ static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
 static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
     char ms[24];
     snprintf(ms, sizeof ms, "%" PRId64, deadline);
-    struct slice record[] = {str("SET"), c->key, value, str("PXAT"), str(ms)};
+    struct slice record[] = {
+        str("SET"), c->key, value, str("PXAT"), str(ms), /* the last two not with NEVER */
+    };
     c->logged += c->key.len + value.len;
     return aof_append(record, deadline == NEVER ? 3 : 5, &c->shard->appended);
 }
 
-/* Removes the key at hand, if it is there. Returns false, having replied, when memory is
-   out, and so do the next two. */
+/* Removes the key at hand, if it is there. Replies and returns false when memory is out;
+   store and move_deadline do the same. */
 static bool remove_key(struct conn *c) {
     struct slice record[] = {str("DEL"), c->key};
     if (!c->entry) return true;
@@ -1043,19 +1053,24 @@ static bool remove_key(struct conn *c) {
 }
 
 /* Gives the key at hand a value and a deadline, which may be NEVER; one that has passed
-   removes it. */
+   removes it. A value as long as the old one takes its place, which needs no memory. */
 static bool store(struct conn *c, struct slice value, int64_t deadline) {
     struct table *t = &c->shard->table;
     if (has_passed(deadline)) return remove_key(c);
-    struct entry *e = entry_new(c->hash, c->key, value);
+    bool in_place = c->entry && c->entry->value_len == value.len;
+    struct entry *e = in_place ? c->entry : entry_new(c->hash, c->key, value);
     if (!e || !table_reserve(t) || !log_set(c, value, deadline)) {
-        free(e);
+        if (!in_place) free(e);
         return fail_oom(c);
     }
-    if (c->entry) table_remove(t, c->entry);
-    table_insert(t, e);
+    if (in_place) {
+        memcpy(entry_value(e).p, value.p, value.len);
+    } else {
+        if (c->entry) table_remove(t, c->entry);
+        table_insert(t, e);
+        c->entry = e;
+    }
     deadline_set(t, e, deadline);
-    c->entry = e;
     return true;
 }
 
@@ -1069,7 +1084,8 @@ static bool move_deadline(struct conn *c, int64_t deadline) {
     return true;
 }
 
-/* A reply that looks at a shard may reveal its last record, so it has to wait for it. */
+/* A reply may reveal what was last recorded about a shard that it looked at. So it must
+   not be sent before that record is safe. */
 static void note_seen(struct conn *c, const struct shard *s) {
     if (c->seen < s->appended) c->seen = s->appended;
 }
@@ -1116,8 +1132,8 @@ static struct text lower_name(const struct command *cmd) {
     return out;
 }
 
-/* Turns a word, a number of units of so many ms since base, into a moment in ms since
-   1970. Returns false, having replied, if it is no number, below min, or out of range. */
+/* Turns a word, a number n, into the moment n * unit + base. unit is in ms, base in ms
+   since 1970. Replies and returns false if n is no number, below min, or too large. */
 static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int64_t base,
                            int64_t min, int64_t *deadline) {
     int64_t n;
@@ -1182,7 +1198,8 @@ static bool cmd_set(struct conn *c) {
     int64_t deadline = flags & KEEPTTL ? key_deadline(c) : NEVER;
     int64_t base = flags & AT ? 0 : now_ms();
     if (time && !parse_deadline(c, number, time->unit, base, 1, &deadline)) return false;
-    if (flags & (c->entry ? NX : XX)) return reply_nil(c);
+    bool unwanted = c->entry ? flags & NX : flags & XX;
+    if (unwanted) return reply_nil(c);
     return store(c, c->argv[2], deadline) && reply_status(c, "OK");
 }
 
@@ -1258,7 +1275,8 @@ static bool cmd_persist(struct conn *c) {
     return move_deadline(c, NEVER) && reply_int(c, 1);
 }
 
-/* Replies with the ms that the key has left, in units of so many, rounded as in Redis. */
+/* Replies with the time that the key has left, in units of so many ms, rounded as Redis
+   does. */
 static bool reply_ttl(struct conn *c, int64_t unit) {
     int64_t deadline = key_deadline(c);
     if (!c->entry) return reply_int(c, -2);
@@ -1306,19 +1324,21 @@ static bool match_item(const char **at, const char *end, char b) {
 
 /* Whether s matches a glob pattern. After a mismatch the last star takes one byte more,
    and none of the stars before it: whatever they could take, the last one can take, too.
-   So the time is at most the product of both lengths, never exponential. It matches
-   nothing more once the server gives up. */
+   So the time is at most the product of both lengths, never exponential. Example: *a*b
+   and xaxab. The first star takes x; once the first a has matched only the second star
+   takes more. Once the server gives up nothing matches any more. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *star = NULL;  /* what is behind the last star */
     size_t i = 0, star_i = 0; /* where in s that star's bytes end, as of now */
     while (i < s.len || p < end) {
         const char *next = p;
+        bool has_both = p < end && i < s.len;
         if (p < end && *p == '*') {
             p++;
             star = p;
             star_i = i;
-        } else if (p < end && i < s.len && match_item(&next, end, s.p[i])) {
+        } else if (has_both && match_item(&next, end, s.p[i])) {
             p = next;
             i++;
         } else if (star && star_i < s.len && stopping != GIVING_UP) {
@@ -1357,7 +1377,7 @@ static struct slice next_key(const struct buf *keys, size_t *at) {
     return key;
 }
 
-/* Once the server gives up, what is left to match does not: the reply is an error. */
+/* A list that is cut short because the server gives up is not sent. */
 static bool cmd_keys(struct conn *c) {
     struct slice pattern = c->argc > 1 ? c->argv[1] : str("*");
     struct buf keys = {0}, found = {0};
@@ -1365,19 +1385,24 @@ static bool cmd_keys(struct conn *c) {
     for (long i = 0; i < opt.shards && stopping != GIVING_UP; i++) {
         keys.len = 0;
         copy_keys(c, &shards[i], &keys);
-        for (size_t at = 0; at < keys.len;) {
+        for (size_t at = 0; at < keys.len && !keys.failed;) {
             size_t start = at;
             if (!glob_match(pattern, next_key(&keys, &at))) continue;
             buf_add(&found, keys.p + start, at - start);
             n++;
         }
     }
-    list_start(c, n);
-    for (size_t at = 0; at < found.len;) reply_word(c, next_key(&found, &at));
-    if (keys.failed || found.failed) c->out.failed = true;
+    bool ok = !keys.failed && !found.failed && stopping != GIVING_UP;
+    if (ok) {
+        size_t at = 0;
+        list_start(c, n);
+        while (at < found.len) reply_word(c, next_key(&found, &at));
+        list_end(c, n, "key");
+    }
     free(keys.p);
     free(found.p);
-    return list_end(c, n, "key");
+    if (stopping == GIVING_UP) return fail(c, "ERR the server stops");
+    return ok || fail_oom(c);
 }
 
 static bool cmd_dbsize(struct conn *c) {
@@ -1397,7 +1422,7 @@ static bool cmd_flush(struct conn *c) {
     struct slice record[] = {str("FLUSHALL")};
     if (c->argc > 1) return fail(c, "ERR syntax error");
     for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
-    bool ok = aof_append(record, 1, &c->seen);
+    bool ok = aof_append(record, 1, &c->seen); /* now the highest number there is */
     for (long i = 0; i < opt.shards; i++) {
         if (ok) table_clear(&shards[i].table);
         if (ok) shards[i].appended = c->seen;
@@ -1450,7 +1475,7 @@ static bool is_password(struct slice word) {
     size_t len = strlen(password);
     bool ok = word.len == len;
     for (size_t i = 0; i < word.len; i++)
-        if (word.p[i] != password[i % sizeof password]) ok = false;
+        if (word.p[i] != password[i % sizeof password]) ok = false; /* %: a long word */
     return ok;
 }
 
@@ -1485,6 +1510,8 @@ static bool cmd_auth(struct conn *c) {
 /* --- The table of commands, and running one ------------------------------------------ */
 
 static bool cmd_help(struct conn *c);
+
+enum { ANY = MAX_WORDS }; /* as many words as a request may have */
 
 /* The most used first, for a lookup goes from the top. Those without
    syntax come last. */
@@ -1595,10 +1622,11 @@ static bool run_request(struct conn *c) {
    also follow a command that somebody has mistyped. */
 static void log_request(const struct conn *c, const char *client, int64_t us) {
     char line[512], *end = line;
+    char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
     bool is_auth = c->cmd && c->cmd->run == cmd_auth;
     bool is_secret = is_auth || !c->authed || (!c->cmd && password[0] != 0);
     size_t shown = is_secret ? 1 : c->argc;
-    for (size_t i = 0; i < shown && end < line + sizeof line / 3; i++) {
+    for (size_t i = 0; i < shown && end < last; i++) {
         *end++ = ' ';
         end = stpcpy(end, show(c->argv[i]).text);
     }
@@ -1619,9 +1647,10 @@ static void replace_replies(struct conn *c) {
     for (size_t i = 0; i < c->replies; i++) fail(c, MISCONF ", the outcome is unknown");
 }
 
-/* Sends all replies, once what they reveal is safe in the append-only file. If it cannot
-   be written, replies to requests that only read go out all the same. Blocks until the
-   client has taken them, up to --timeout. Sets closing on failure. */
+/* Sends all replies, once what they reveal is safe in the append-only file. If the file
+   cannot be written and one of the requests writes, none of these replies may go out: all
+   become MISCONF. Blocks until the client has taken them, up to --timeout. Sets closing
+   on failure. */
 static void send_replies(struct conn *c) {
     if (!aof_commit(c->seen) && c->writes) replace_replies(c);
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
@@ -1640,39 +1669,53 @@ static void send_replies(struct conn *c) {
     c->seen = 0;
 }
 
-/* Reads once, behind what there is. Returns what recv does, but is not interrupted. */
+/* Makes room and reads once, behind what there is. Returns what recv does, but is not
+   interrupted. */
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
-    ssize_t n;
-    do n = recv(c->fd, in->p + in->len, in->cap - in->len, flags);
-    while (n < 0 && errno == EINTR);
+    char *to = buf_reserve(in, 2 * SMALL_BUF);
+    errno = ENOMEM;
+    ssize_t n = -1;
+    while (to && n < 0) {
+        n = recv(c->fd, to, in->cap - in->len, flags);
+        if (n < 0 && errno != EINTR) break;
+    }
     return n;
 }
 
 /* Looks for input without blocking, and lets other threads run before each look. To be
    woken costs more than some looks, so a client that soon asks again is answered sooner.
    That is wrong where other programs want the processor: a yield then gives them a time
-   slice of some ms. So after a yield that took longer than TURN_US for each client, which
-   is more than the threads of all of them need, this thread blocks at once in its next
-   PAUSE reads. With more than FEW_CLIENTS it always does, for there is mostly another one
-   to serve. Returns as recv does. */
+   slice of some ms. So after a yield of SLOW_US, which is more than kv's own threads mostly
+   need and less than a slice, this thread blocks at once in its next PAUSE reads. With more
+   than FEW_CLIENTS it always does, for there is mostly another one to serve. Returns as
+   recv does; -1 and EAGAIN: there is no input, or it has not looked. */
 static ssize_t look_for_input(struct conn *c) {
-    enum { FEW_CLIENTS = 256, LOOKS = 20, TURN_US = 30, BASE_US = 500, PAUSE = 200 };
+    enum { FEW_CLIENTS = 256, LOOKS = 20, SLOW_US = 2500, PAUSE = 200 };
     ssize_t n = -1;
     errno = EAGAIN;
     if (c->blocking_reads > 0) c->blocking_reads--;
     else if (clients <= FEW_CLIENTS) {
-        int64_t limit = BASE_US + TURN_US * clients;
         for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
             int64_t start = monotonic_us();
             sched_yield();
-            bool is_slow = monotonic_us() - start > limit;
+            bool is_slow = monotonic_us() - start > SLOW_US;
             n = receive(c, MSG_DONTWAIT);
-            if (is_slow) c->blocking_reads = PAUSE;
-            if (is_slow) break;
+            if (!is_slow) continue;
+            c->blocking_reads = PAUSE;
+            break;
         }
     }
     return n;
+}
+
+/* The client has sent all that it will. If the server has not shut the connection down
+   itself, tells it about a line that has no end. */
+static void end_input(struct conn *c) {
+    c->closing = "end of input";
+    bool is_half_line = c->in.len > 0 && !c->resp;
+    if (is_half_line && stopping == SERVING)
+        fail_line(c, "the last line has no newline: it may be cut short and is not run");
 }
 
 /* Waits for input, up to --timeout, and reads it behind what there is of a request. Says
@@ -1682,24 +1725,17 @@ static void read_more(struct conn *c) {
     in->len -= c->pos;
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
     c->pos = 0;
-    ssize_t n = -1;
-    if (buf_reserve(in, 2 * SMALL_BUF)) n = look_for_input(c);
+    ssize_t n = look_for_input(c);
     if (n < 0 && errno == EAGAIN) {
         buf_slim(&c->out); /* a silent client has small buffers */
         buf_slim(in);
-        if (buf_reserve(in, 2 * SMALL_BUF)) n = receive(c, 0);
+        n = receive(c, 0);
     }
     if (n > 0) in->len += (size_t)n;
-    else if (in->failed) c->closing = "out of memory";
-    else if (n == 0) c->closing = "end of input";
+    else if (n == 0) end_input(c);
     else c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
     /* Full: more is waiting, so take more at a time. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
-    bool half_a_line = n == 0 && in->len > 0 && !c->resp;
-    if (half_a_line && stopping == SERVING) {
-        fail(c, "ERR the last line has no newline: it may be cut short and is not run");
-        c->replies++;
-    }
 }
 
 /* Runs all requests that have arrived in full. Sends replies now and then. */
@@ -1713,15 +1749,16 @@ static void run_requests(struct conn *c, const char *client) {
     }
 }
 
-/* Closes fd so that the client gets the last replies: it is told, and what it still sends
-   is read, for 2 * ms at most, because unread input makes TCP drop the replies. */
+/* Closes fd so that the client gets the last replies. Input that is still unread at close
+   makes TCP drop them. So this says that no more will come, and then reads until the
+   client closes, too, has been silent for ms, or has gone on sending for ms. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
-    int64_t end = monotonic_us() + 1000 * ms;
-    bool waits = shutdown(fd, SHUT_WR) == 0;
-    while (waits && poll(&input, 1, ms) > 0)
-        waits = recv(fd, unread, sizeof unread, 0) > 0 && monotonic_us() < end;
+    int64_t end = monotonic_us() + 1000 * (int64_t)ms;
+    bool open = shutdown(fd, SHUT_WR) == 0;
+    while (open && poll(&input, 1, ms) > 0)
+        open = recv(fd, unread, sizeof unread, 0) > 0 && monotonic_us() < end;
     close(fd);
 }
 
@@ -1812,7 +1849,7 @@ static void die_of_aof(const char *what) {
     die(1, "%s: %s: %s", opt.aof, what, strerror(errno));
 }
 
-/* Has the disk keep what was written to fd. Returns false on failure. */
+/* Flushes what was written to fd to the disk. Returns false on failure. */
 static bool sync_file(int fd) {
 #ifdef F_FULLFSYNC
     if (fcntl(fd, F_FULLFSYNC) == 0) return true; /* fsync does less on macOS */
@@ -1822,7 +1859,8 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* Makes what has gathered the next batch. Called with the writer's lock. */
+/* Makes what has gathered the next batch, by a swap of two buffers. aof_append has made
+   room for the checksum line. Called with the writer's lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
     pthread_mutex_lock(&aof.lock);
@@ -1862,10 +1900,12 @@ static bool write_batch(void) {
     return true;
 }
 
-/* Waits until the record upto is as safe as --fsync asks. Group commit: the first thread
+/* Waits until the record upto is safe: written, and with --fsync always on the disk.
+   Group commit: the first thread
    that comes writes for all that have come. Those that come meanwhile wait for the lock;
-   the first of them writes for all of them, and the others find it done. Returns false
-   when writing fails. */
+   the first of them writes for all of them, and the others find it done. It may take two
+   batches, where the first was left over from a failure. Returns false when writing
+   fails. */
 static bool aof_commit(uint64_t upto) {
     if (aof.safe >= upto) return true;
     if (aof.broken) return false;
@@ -1888,7 +1928,7 @@ static bool aof_write_all(void) {
 }
 
 /* The expiry thread calls this each second. Tries again what could not be written, and
-   with --fsync everysec has the disk keep what was written since. */
+   with --fsync everysec flushes what was written to the disk. */
 static void aof_tick(void) {
     static uint64_t synced;
     aof_write_all();
@@ -1903,11 +1943,18 @@ static void aof_tick(void) {
 /* Whether a checksum line begins at p. */
 static bool is_sum_line(const char *p, const char *end) {
     if (end - p < SUM_LINE || memcmp(p, "#SUM:", 5) != 0) return false;
-    return strspn(p + 5, "0123456789abcdef") == 16 && memcmp(p + 21, "\r\n", 2) == 0;
+    for (int i = 5; i < 21; i++)
+        if (!is_hex(p[i])) return false;
+    return memcmp(p + 21, "\r\n", 2) == 0;
 }
 
-/* Whether no checksum line begins anywhere from start on: then a crash has cut the file
-   short, and no batch behind start was ever whole. */
+/* The batch at start is not whole, or its checksum is wrong. Two things can have happened:
+
+     ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
+     ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
+
+   It is torn if no checksum line begins anywhere from start on. A value that looks like
+   one makes a torn file pass for damaged: a person decides then. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -1990,7 +2037,7 @@ static size_t replay_file(int fd, size_t size, const char *header) {
     return good;
 }
 
-/* Has the disk keep the file's name. Some file systems cannot: EINVAL. */
+/* Flushes the file's name to the disk, too. Some file systems cannot: EINVAL. */
 static void sync_directory(void) {
     char *path = strdup(opt.aof);
     int fd = path ? open(dirname(path), O_RDONLY) : -1;
@@ -2111,6 +2158,7 @@ static int listen_on(void) {
     while (a && a->ai_family != AF_INET) a = a->ai_next;
     if (!a) a = all;
     int fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
+    if (fd < 0) die(1, "socket: %s", strerror(errno));
     set_option_of(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     bool bound =
         fcntl(fd, F_SETFL, O_NONBLOCK) == 0 && bind(fd, a->ai_addr, a->ai_addrlen) == 0;
@@ -2147,11 +2195,12 @@ static void read_password(void) {
 }
 
 /* Runs in any thread. The first signal asks for the end. One that comes more than half a
-   second later ends the program at once; timeout and make send two at the same time. */
+   second later ends the program at once. (timeout(1) and make send two together.) */
 static void on_signal(int number) {
     static atomic_llong first;
     long long now = monotonic_us(), none = 0;
     (void)number;
+    /* Sets first to now, if it is none. */
     if (atomic_compare_exchange_strong(&first, &none, now)) stopping = ANSWERING;
     else if (now - first > 500000) _exit(1);
 }
@@ -2177,11 +2226,16 @@ static void reserve_descriptors(void) {
         say(WARN, "only %ju descriptors for --max-clients", (uintmax_t)limit.rlim_cur);
 }
 
-/* Draws the key of the table's hash. Before that takes descriptors 0 to 2, if they are
-   free, lest a client gets the log. */
+/* Opens descriptors 0 to 2 where they are closed, so that no client's socket becomes
+   stderr. */
+static void open_standard_descriptors(void) {
+    int fd = open("/dev/null", O_RDWR);
+    while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
+    if (fd >= 0) close(fd);
+}
+
 static void draw_table_key(void) {
-    int fd = open("/dev/urandom", O_RDWR);
-    while (fd >= 0 && fd <= 2) fd = open("/dev/urandom", O_RDWR);
+    int fd = open("/dev/urandom", O_RDONLY);
     if (fd < 0 || read(fd, table_key, sizeof table_key) != sizeof table_key)
         die(1, "cannot read /dev/urandom: %s", strerror(errno));
     close(fd);
@@ -2198,8 +2252,8 @@ static void prepare_threads(pthread_attr_t *attributes) {
         die(1, "cannot set up threads");
 }
 
-/* Shuts all connections down, in one direction or in both. Any descriptor may be one; for
-   the others this does nothing. */
+/* Shuts all connections down, in one direction or in both. It tries all descriptors that
+   there can be, so kv needs no list of its connections; for others this does nothing. */
 static void shut_down_all(int how) {
     int most = (int)sysconf(_SC_OPEN_MAX);
     for (int fd = 3; fd < most; fd++) (void)shutdown(fd, how);
@@ -2245,13 +2299,16 @@ int main(int argc, char **argv) {
         print_help();
         return 0;
     }
+    open_standard_descriptors();
     draw_table_key();
     catch_signals();
     if (opt.password_file) read_password();
     reserve_descriptors();
-    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
+    for (long i = 0; i < opt.shards; i++) {
+        pthread_mutex_init(&shards[i].lock, NULL);
+    }
 #ifdef M_ARENA_MAX
-    mallopt(M_ARENA_MAX, 2);
+    mallopt(M_ARENA_MAX, 2); /* or memory that one thread frees is of no use to others */
 #endif
     if (opt.aof) aof_open();
     int listener = listen_on();
