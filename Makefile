@@ -2,8 +2,8 @@
 
 CC     ?= cc
 CFLAGS ?= -O3 -g
-STRICT  = -std=c11 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Wpedantic \
-          -Wshadow -Wconversion -Wstrict-prototypes -Wvla -Werror
+STRICT  = -std=c11 -D_XOPEN_SOURCE=700 -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64 \
+          -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wstrict-prototypes -Wvla -Werror
 STRICT += $(if $(filter Darwin,$(shell uname)),-D_DARWIN_C_SOURCE) # or macOS hides what kv uses
 PORT   ?= 8080
 PREFIX ?= /usr/local

@@ -27,10 +27,16 @@ export LC_ALL=C
 usage() {
     cat <<'END'
 ./bench.sh                             kv alone: commands, connections, pipelining, nc
-./bench.sh compare                     kv beside redis-server, and beside memcached where
-                                       memtier_benchmark is there: rates, memory, processor time
+./bench.sh compare                     kv beside redis-server: memory, rates, latencies, processor
+                                       time; first apart, where there are two processors and
+                                       taskset: redis-benchmark on one, the server on the others;
+                                       then together: both on all. And beside memcached, where
+                                       memtier_benchmark is there
+./bench.sh compare busy                the same together with two processes that only burn
+                                       processor time: rates, latencies, processor time
 ./bench.sh aof                         kv with its file beside kv without, and beside redis-server:
                                        rates, fsyncs per write, seconds to replay
+./bench.sh aof busy                    kv --fsync always beside redis-server, while two processes burn
 ./bench.sh alternatives [NAME]         kv beside what was rejected, doc/alternatives/NAME.patch
 ./bench.sh alternatives --check [NAME] does each apply, build, pass and fail its tests?
 ./bench.sh plot                        draws doc/rate-over-connections.svg, doc/latency-over-rate.svg
@@ -41,6 +47,7 @@ usage() {
 
 Environment:
     KV           the program to measure; ./kv, built first, if not given
+    OTHER        another kv, which compare measures in place of redis-server
     ROUNDS       how often two programs take turns: 7; at 10000 connections and in plot 3
     SCALE        requests in per cent of the usual number: 100
     CONNECTIONS  the most connections at once: 10000
@@ -76,7 +83,7 @@ if command -v setpriv >/dev/null; then leash=(setpriv --pdeathsig KILL); fi
 launch() { # NAME REGEX COMMAND...: starts a server and waits for a line of its log
     local end=$((SECONDS + 60))
     : >"$tmp/$1.log"
-    "${leash[@]}" "${@:3}" </dev/null >"$tmp/$1.log" 2>&1 &
+    "${leash[@]}" "${on_server[@]}" "${@:3}" </dev/null >"$tmp/$1.log" 2>&1 &
     pid[$1]=$!
     until [[ $(<"$tmp/$1.log") =~ $2 ]]; do
         kill -0 "${pid[$1]}" 2>/dev/null && ((SECONDS < end)) || return 1
@@ -99,6 +106,10 @@ start_redis() { # NAME OPTION...: without persistence, unless the options ask fo
     die "redis-server ended $try times: $(tail -n 1 "$tmp/$1.log")"
 }
 
+start() { # kv|other|Redis
+    case $1 in kv) start_kv kv "$kv" ;; other) start_kv other "$other" ;; *) start_redis "$1" ;; esac
+}
+
 stop() { # NAME...
     local name
     for name; do
@@ -112,7 +123,7 @@ stop() { # NAME...
 run() { "$@" & wait "$!"; } # COMMAND...
 
 cleanup() { # however this script ends: nothing runs on, no file is left
-    local signal jobs groups
+    local signal jobs groups IFS=$' \n' # a signal may come during IFS=, read
     trap '' INT TERM HUP # another Ctrl-C does not stop this
     say ''
     {
@@ -132,6 +143,35 @@ cleanup() { # however this script ends: nothing runs on, no file is left
     } 2>/dev/null
 }
 
+# --- who runs where -----------------------------------------------------------------------
+
+on_load=() on_server=() # before the command of the load generator, of a server
+burners=()              # names of processes that burn while a load runs
+
+set_apart() { # fails where it cannot be; sets $apart, which says what it is, or why it cannot be
+    local part all=() others
+    if ! command -v taskset >/dev/null; then apart='left out, as taskset is not there' && return 1; fi
+    for part in $(taskset -pc $$ | sed 's/.*: //; s/,/ /g'); do # of 0,2-3: 0, then 2-3
+        # shellcheck disable=SC2207 # numbers
+        all+=($(seq "${part%-*}" "${part#*-}"))
+    done
+    if ((${#all[@]} < 2)); then apart='left out, as there is only one processor' && return 1; fi
+    others=${all[*]::${#all[@]}-1}
+    on_load=(taskset -c "${all[-1]}") on_server=(taskset -c "${others// /,}")
+    apart="redis-benchmark on processor ${all[-1]}, the server on $others: as for clients elsewhere"
+}
+
+set_together() { on_load=() on_server=(); }
+
+set_busy() { burners=(burner-1 burner-2); }
+
+burn() { # until stop, but at most for 240 s of processor time each
+    local name
+    for name in "${burners[@]}"; do
+        launch "$name" '' bash -c 'ulimit -t 240; while :; do :; done' || die "$name ended at once"
+    done
+}
+
 # --- measuring ----------------------------------------------------------------------------
 # bench, stream, memtier, fsyncs and replay run a load, and set $result, or $error and fail.
 
@@ -145,7 +185,8 @@ bench() { # NAME REQUESTS ARGUMENT...
     local name=$1 n=$2 before rate avg min p50 p99 max
     shift 2
     before=$(cpu_ticks "$name")
-    if ! run timeout 240 redis-benchmark -p "${port[$name]}" -n "$n" --csv "$@" >"$tmp/out" 2>&1; then
+    if ! run "${on_load[@]}" timeout 240 redis-benchmark -p "${port[$name]}" -n "$n" --csv "$@" \
+        >"$tmp/out" 2>&1; then
         error="redis-benchmark $* with $name: $(tail -n 1 "$tmp/out")"
         return 1
     fi
@@ -233,22 +274,23 @@ set_most() { # sets $most: a connection takes a descriptor and a thread, of whic
 
 # --- two programs in turns ----------------------------------------------------------------
 
-# Two programs take turns with the same load, and in being first. Round 0 warms up with a tenth
-# of the requests and does not count. $tmp/rounds gets lines "NAME A B". If $renew is a function, it
-# starts each program for each round, and pair stops it.
+# Two programs take turns with the same load, and in being first. $tmp/rounds gets lines "NAME A B".
+# Round 0 warms up with a tenth of the requests and does not count. If $renew is a function that
+# starts a program, then each round has servers of its own, and filling them is the warm-up.
 pair() { # TABLE LOAD A B REQUESTS bench|stream|... ARGUMENT...
-    local table=$1 load=$2 a=$3 b=$4 n=$5 round name program turn
+    local table=$1 load=$2 a=$3 b=$4 n=$5 round=0 name program turn
     local -A of=()
     shift 5
     : >"$tmp/rounds"
-    for ((round = 0; round <= rounds; round++)); do
+    if [[ $renew ]]; then round=1; fi
+    for (( ; round <= rounds; round++)); do
         turn=("$a" "$b")
         if ((round % 2)); then turn=("$b" "$a"); fi
         for program in "${turn[@]}"; do
             progress "$table: $load: $program, round $round of $rounds"
-            if [[ $renew ]]; then "$renew" "$program"; fi
+            if [[ $renew ]]; then anew "$program"; fi
             "$1" "$program" $((round ? n : n / 10 + 1)) "${@:2}" || die "$error"
-            if [[ $renew ]]; then stop "$program"; fi
+            if [[ $renew ]]; then stop "$program" "${burners[@]}"; fi
             for name in "${!result[@]}"; do of[$program.$name]=${result[$name]}; done
             if ((round)); then record "$table" "$load" "$program" "$round"; fi
         done
@@ -256,6 +298,14 @@ pair() { # TABLE LOAD A B REQUESTS bench|stream|... ARGUMENT...
             ((round == 0)) || echo "$name ${of[$a.$name]} ${of[$b.$name]}" >>"$tmp/rounds"
         done
     done
+}
+
+# So that no round depends on how memory came to lie in a server, or on what the server has been
+# through before. It gets the keys of -r 100000.
+anew() { # NAME
+    "$renew" "$1"
+    bench "$1" $((300000 * scale / 100)) -t set -r 100000 -P 64 || die "$error"
+    burn
 }
 
 pair_heading() { # A B
@@ -267,6 +317,7 @@ pair_row() { # TABLE LOAD A B NAME [LABEL]
     local a b ratio mad low high level digits=0
     read -r a b ratio mad low high level seen < <(summary "$5")
     if [[ $5 != rate ]]; then digits=2; fi
+    if [[ ${unit[$5]} = ms ]]; then digits=3; fi
     say "%-31s %10.${digits}f %10.${digits}f %6.2f %6.2f  %.2f to %.2f (%s %%)\n" \
         "${6:-$2}" "$a" "$b" "$ratio" "$mad" "$low" "$high" "$level"
     record "$1" "$2, $5" "$3/$4" '' ratio "$ratio" mad "$mad" low "$low" high "$high"
@@ -372,60 +423,102 @@ set_get_row() { # TABLE LABEL REQUESTS ARGUMENT...
 # --- kv beside others ---------------------------------------------------------------------
 
 compare() {
-    local c n arguments label test all=$rounds few=${ROUNDS:-3} costs=()
-    need nc redis-benchmark redis-server
-    say '%s\n' "$(redis-server --version | cut -d ' ' -f 1-3) --save '' --appendonly no"
+    local beside=Redis label
+    need nc redis-benchmark
+    if [[ $other ]]; then
+        beside=other
+        say 'other: %s\n' "$other"
+    else
+        need redis-server
+        say '%s\n' "$(redis-server --version | cut -d ' ' -f 1-3) --save '' --appendonly no"
+    fi
+    if ((busy)); then
+        set_busy
+        compare_loads busy 'as together, beside two processes that only burn processor time' <<'END'
+1|get|10000|
+10|get|20000|
+50|get|30000|
+END
+        compare_explain
+        return
+    fi
     prepare text SET 1
     prepare resp SET 1
     compare_memory
 
-    renew=fill_anew
-    pair_heading kv/s Redis/s
-    while IFS='|' read -r -u 3 c n arguments; do
-        if ((c > most)); then say '%-31s %s\n' "$c connections" 'more than is allowed' && continue; fi
-        rounds=$((c > 5000 ? few : all))
-        for test in set get; do
-            label="${test^^} -c $c$arguments"
-            # shellcheck disable=SC2086 # many words
-            pair compare "$label" kv Redis $((n * scale / 100)) bench -r 100000 -t $test -c "$c" $arguments
-            pair_row compare "$label" kv Redis rate
-            costs+=("$(pair_row compare "$label" kv Redis cpu)")
-        done
-        rounds=$all
-    done 3<<'END'
-1|50000|
-50|150000|
-50|1000000| -P 16
-1000|200000|
-10000|1000000|
+    if set_apart; then
+        compare_loads apart "$apart" <<'END'
+1|get|20000|
+10|get|40000|
+50|get|60000|
+50|get|500000| -P 16
+200|get|60000|
+1000|get|60000|
+10000|get|200000|
 END
-    renew=''
-    start_kv kv "$kv"
-    start_redis Redis
-    label='SET nc -N, text / RESP'
-    pair compare "$label" kv Redis "$keys" stream SET 1
-    pair_row compare "$label" kv Redis rate
-    costs+=("$(pair_row compare "$label" kv Redis cpu)")
-    say 'Requests a second, medians of %d rounds, of %d at -c 10000. The ratio is the median of the\n' \
-        "$rounds" "$few"
-    say 'ratios kv / Redis of each round; the text goes to kv, the same commands as RESP to Redis.\n'
-
-    pair_heading 'kv, CPU s' 'Redis'
-    say '%s\n' "${costs[@]}"
-    say 'Processor seconds per million requests, the server alone, user and system; same rounds.\n'
-    stop Redis
+    else
+        say '\napart: %s.\n' "$apart"
+    fi
+    set_together
+    compare_loads together 'redis-benchmark and the server may both run on every processor' <<'END'
+1|set get|20000|
+10|get|40000|
+50|set get|60000|
+50|set get|500000| -P 16
+1000|set get|60000|
+10000|set get|200000|
+END
+    compare_explain
+    start kv
+    start "$beside"
+    label='SET nc -N'
+    if [[ $beside = Redis ]]; then label+=', text / RESP'; fi
+    pair_heading kv/s "$beside/s"
+    pair together "$label" kv "$beside" "$keys" stream SET 1
+    pair_row together "$label" kv "$beside" rate
+    pair_row together "$label" kv "$beside" cpu '    CPU, s per million'
+    say 'Together, the same servers for all rounds. nc sends kv the text%s.\n' \
+        "$([[ $other ]] || echo ', Redis the same commands as RESP')"
+    stop "$beside"
     compare_memcached
 }
 
-# So that no round depends on how memory came to lie in a server, or on what the server has been
-# through before. It gets the keys of -r 100000.
-fill_anew() { # NAME
-    if [[ $1 = kv ]]; then start_kv kv "$kv"; else start_redis "$1"; fi
-    bench "$1" $((500000 * scale / 100)) -t set -r 100000 -P 16 || die "$error"
+compare_loads() { # SETTING DESCRIPTION: reads lines CONNECTIONS|TESTS|REQUESTS|ARGUMENTS
+    local c tests n arguments test label most_rounds=$rounds p99=() cpu=()
+    say '\n%s: %s.\n' "$1" "$2"
+    renew=start
+    pair_heading kv/s "$beside/s"
+    while IFS='|' read -r -u 3 c tests n arguments; do
+        if ((c > most)); then say '%-31s %s\n' "$c connections" 'more than is allowed' && continue; fi
+        rounds=$((c > 5000 ? ${ROUNDS:-3} : most_rounds))
+        for test in $tests; do
+            label="${test^^} -c $c$arguments"
+            # shellcheck disable=SC2086 # many words
+            pair "$1" "$label" kv "$beside" $((n * scale / 100)) \
+                bench -r 100000 -t "$test" -c "$c" $arguments
+            pair_row "$1" "$label" kv "$beside" rate
+            p99+=("$(pair_row "$1" "$label" kv "$beside" p99)")
+            cpu+=("$(pair_row "$1" "$label" kv "$beside" cpu)")
+        done
+    done 3<&0
+    pair_heading 'kv, p99 ms' "$beside"
+    say '%s\n' "${p99[@]}"
+    pair_heading 'kv, CPU s' "$beside"
+    say '%s\n' "${cpu[@]}"
+    renew='' rounds=$most_rounds
+}
+
+compare_explain() {
+    local fewer=''
+    if ((!busy && most >= 10000)); then fewer=", of ${ROUNDS:-3} at -c 10000"; fi
+    say '\nRequests a second; in how many ms 99 of 100 were answered; processor seconds per million\n'
+    say 'requests, the server alone, user and system. Medians of %s.\n' "$rounds rounds$fewer"
+    say 'The ratio is the median of the ratios kv / %s of each round, for which both are started anew.\n' \
+        "$beside"
 }
 
 compare_memory() {
-    say '\n%-31s %10s %10s %6s\n' 'memory of the process (VmRSS)' kv Redis ratio
+    say '\n%-31s %10s %10s %6s\n' 'memory of the process (VmRSS)' kv "$beside" ratio
     memory_row key "$keys" 'bytes per key, of ' 1024
     memory_row connection $((most < 5000 ? most : 5000)) 'KiB per idle connection, of ' 1
     say 'Keys of 16 bytes, values of 32. Each connection has said PING. What the kernel keeps for a\n'
@@ -435,9 +528,9 @@ compare_memory() {
 # How much servers that have just started grow by, in kB times FACTOR, divided by NUMBER.
 memory_row() { # key|connection NUMBER LABEL FACTOR
     local program before fd used=() fds=()
-    start_kv kv "$kv"
-    start_redis Redis
-    for program in kv Redis; do
+    start kv
+    start "$beside"
+    for program in kv "$beside"; do
         progress "memory per $1, $program"
         before=$(memory "$program" VmRSS)
         case $1 in
@@ -450,7 +543,7 @@ memory_row() { # key|connection NUMBER LABEL FACTOR
         for fd in "${fds[@]}"; do exec {fd}>&-; done
         fds=()
     done
-    stop kv Redis
+    stop kv "$beside"
     say '%-31s %10.1f %10.1f %6.2f\n' "${3/%of /of $2}" "${used[@]}" "$(calc "${used[0]} / ${used[1]}")"
 }
 
@@ -497,7 +590,7 @@ memtier() { # NAME REQUESTS SET|GET
 # file. The files are in $tmp: TMPDIR on another disk measures that one.
 
 aof() {
-    local a b n policy arguments label start
+    local start
     need nc redis-benchmark redis-server
     say '%s\n' "$(redis-server --version | cut -d ' ' -f 1-3) --auto-aof-rewrite-percentage 0"
     start=${EPOCHREALTIME/./}
@@ -505,27 +598,38 @@ aof() {
     say 'Files in %s, %s; to write 64 bytes and wait for the disk takes dd %d us.\n' "${tmp%/*}" \
         "$(df -T "$tmp" 2>/dev/null | awk 'END {print $2}')" $(((${EPOCHREALTIME/./} - start) / 200))
 
-    pair_heading A/s B/s
-    while IFS='|' read -r -u 3 a b n arguments; do
-        policy=${a#*-} label="$a / ${b%-"$policy"}$arguments"
-        start_aof "$a"
-        start_aof "$b"
-        # shellcheck disable=SC2086 # many words
-        pair aof "$label" "$a" "$b" $((n * scale / 100)) bench -t set -r 100000 -c 50 $arguments
-        pair_row aof "$label" "$a" "$b" rate
-        stop "$a" "$b"
-    done 3<<'END'
+    if ((busy)); then
+        set_busy
+        say 'busy: beside two processes that only burn processor time.\n'
+        aof_rates <<<'kv-always|Redis-always|20000|'
+        return
+    fi
+    aof_rates <<'END'
 kv-always|Redis-always|50000|
 kv-everysec|Redis-everysec|150000|
 kv-everysec|Redis-everysec|1000000| -P 16
 kv-everysec|kv-none|150000|
 kv-everysec|kv-none|1000000| -P 16
 END
-    say 'SET a second, redis-benchmark -c 50 -r 100000, medians of %d rounds. The ratio is the median of\n' \
-        "$rounds"
-    say 'the ratios A / B of each round. Both with --fsync always or everysec; kv-none has no file.\n'
     aof_fsyncs
     aof_replay
+}
+
+aof_rates() { # reads lines A|B|REQUESTS|ARGUMENTS
+    local a b n arguments policy label
+    renew=start_aof
+    pair_heading A/s B/s
+    while IFS='|' read -r -u 3 a b n arguments; do
+        policy=${a#*-} label="$a / ${b%-"$policy"}$arguments"
+        # shellcheck disable=SC2086 # many words
+        pair aof "$label" "$a" "$b" $((n * scale / 100)) bench -t set -r 100000 -c 50 $arguments
+        pair_row aof "$label" "$a" "$b" rate
+    done 3<&0
+    renew=''
+    say 'SET a second, redis-benchmark -c 50 -r 100000, medians of %d rounds. The ratio is the median of\n' \
+        "$rounds"
+    say 'the ratios A / B of each round, for which both servers are started anew on a new file, with\n'
+    say '%s always or everysec; kv-none has no file.\n' --fsync
 }
 
 start_aof() { # NAME: on a new file
@@ -769,7 +873,7 @@ END
 
 # --- options ------------------------------------------------------------------------------
 
-mode=alone name='' csv='' quick=0 check=0
+mode=alone name='' csv='' quick=0 check=0 busy=0
 while (($#)); do
     case $1 in
         -h | --help) usage && exit ;;
@@ -777,6 +881,7 @@ while (($#)); do
         --quick) quick=1 ;;
         --check) check=1 ;;
         compare | aof | alternatives | plot) [[ $mode = alone ]] || wrong "$mode or $1?" && mode=$1 ;;
+        busy) [[ $mode = @(compare|aof) ]] || wrong 'busy belongs to compare or aof' && busy=1 ;;
         *) [[ $mode = alternatives && $1 != -* && ! $name ]] || wrong "what is $1?" && name=$1 ;;
     esac
     shift
@@ -788,7 +893,8 @@ done
 rounds=${ROUNDS:-7} scale=${SCALE:-100} renew=''
 if ((quick)); then scale=${SCALE:-10}; fi
 if ((quick)) || [[ $mode = plot ]]; then rounds=${ROUNDS:-3}; fi
-keys=$((1000000 * scale / 100)) kv=./kv
+keys=$((1000000 * scale / 100)) kv=./kv other=''
+if [[ ${OTHER:-} ]]; then other=$(realpath -- "$OTHER"); fi
 if [[ ${KV:-} ]]; then kv=$(realpath -- "$KV"); fi
 cd "$(dirname "$0")"
 

@@ -19,17 +19,17 @@
  *                         has passed its deadline  ---------------+    v
  *                                                    file  <----  append-only log
  *
- * A key belongs to one shard; its hash says to which. A shard is a hash table (key to
+ * A key belongs to one shard, which its hash decides. A shard is a hash table (key to
  * value) and a heap (what expires next), and one mutex that guards both: two connections
  * wait for each other only when their keys are in the same shard.
  *
  * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
  * No thread reads, sends, writes or sleeps with one of these two. The thread that writes
- * the file holds a third lock, the writer's, and takes no shard lock meanwhile. Inside any
- * of them a thread may log a line, under a lock of its own that nobody keeps for long.
- * All else that threads share is atomic, or set before they start. To lock a mutex that is
- * initialized and not held by the same thread cannot fail, so nothing checks it.
+ * the file holds a third lock, the writer's, and inside it, for a moment, the buffer's,
+ * but no shard's. The log on stderr has a lock of its own, which is held for one line.
+ * All else that threads share is atomic, or set before they start. pthread_mutex_lock
+ * fails only where it is misused, so its result is not checked.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
@@ -40,6 +40,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <libgen.h>
+#include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -80,14 +81,18 @@ struct text {
     char text[272];
 };
 
-/* How far the server is on its way to its end. (To read, set or count up an atomic
-   variable with the usual operators is atomic.) */
+/* How far the shutdown has got. (Reads, =, ++ and -- of an _Atomic variable are
+   atomic.) */
 enum stage {
     SERVING,
     ANSWERING, /* a signal came: answer what has arrived, then close */
     GIVING_UP, /* run nothing more, only send the replies to what was run */
 };
 static _Atomic enum stage stopping = SERVING;
+
+static atomic_long clients;     /* connections that count for --max-clients */
+static atomic_long threads;     /* of connections, also those that only linger */
+static atomic_long connections; /* that there have been since the start */
 
 /* === 1 Options and log ============================================================= */
 
@@ -124,14 +129,14 @@ static const struct option {
     {"-b", "--bind", "ADDR", "127.0.0.1; IPv4, IPv6 or a host name", &opt.bind, 0, 0},
     {"-c", "--max-clients", "N", "10000", &opt.max_clients, 1, 1000000},
     {"-t", "--timeout", "SECONDS", "0: never; close when idle", &opt.timeout, 0, 1000000},
-    {"  ", "--max-request", "BYTES", "4259840; the longest request, as it is sent",
+    {"", "--max-request", "BYTES", "4259840; the longest request, as it is sent",
      &opt.max_request, 1024, 1L << 29},
     {"-s", "--shards", "N", "256; a power of two", &opt.shards, 1, 4096},
     {"-a", "--aof", "FILE", "none; replayed at start, then appended to", &opt.aof, 0, 0},
-    {"  ", "--fsync", "WHEN", "everysec; always, everysec or no", &opt.fsync, 0, 0},
+    {"", "--fsync", "WHEN", "everysec; always, everysec or no", &opt.fsync, 0, 0},
     {"-P", "--password-file", "FILE", "none; clients must AUTH", &opt.password_file, 0,
      0},
-    {"  ", "--insecure", "", "serve the network openly", &opt.insecure, 0, 0},
+    {"", "--insecure", "", "serve the network openly", &opt.insecure, 0, 0},
     {"-v", "--verbose", "", "log connections, -vv every command", &opt.verbose, 0, 0},
     {"-q", "--quiet", "", "log only trouble", &opt.quiet, 0, 0},
     {"-h", "--help", "", "print this", &opt.help, 0, 0},
@@ -193,15 +198,16 @@ static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
 /* Logs an error and ends the program. */
 #define die(status, ...) (say(ERROR, __VA_ARGS__), exit(status))
 
-/* Whether this is the first call in this second with this *last. It limits the lines that
-   strangers can provoke to one a second. */
+/* Whether no earlier call with the same last was in this second. It limits the log lines
+   that strangers can provoke to one a second. */
 static bool is_first_this_second(atomic_llong *last) {
     long long second = 1 + monotonic_us() / 1000000; /* *last starts with 0 */
     return atomic_exchange(last, second) != second;
 }
 
 static bool is_named(const struct option *o, const char *word) {
-    return strcmp(word, o->letter) == 0 || strcmp(word, o->name) == 0;
+    bool is_letter = o->letter[0] != 0 && strcmp(word, o->letter) == 0;
+    return is_letter || strcmp(word, o->name) == 0;
 }
 
 static long parse_number(const struct option *o, const char *value) {
@@ -213,7 +219,8 @@ static long parse_number(const struct option *o, const char *value) {
     return number;
 }
 
-/* Sets opt and fsync_policy from the command line. What is wrong there ends the program. */
+/* Sets opt and fsync_policy from the command line. What is wrong there ends the
+   program. */
 static void parse_options(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const struct option *o = options;
@@ -240,7 +247,7 @@ static void parse_options(int argc, char **argv) {
 static void print_help(void) {
     puts("kv " KV_VERSION ", a key-value server; talk to it with: nc localhost 8080");
     for (const struct option *o = options; opt.help && o->name; o++)
-        printf("  %s %-15s %-7s  %s\n", o->letter, o->name, o->value, o->help);
+        printf("  %2s %-15s %-7s  %s\n", o->letter, o->name, o->value, o->help);
     if (fflush(stdout) != 0) die(1, "cannot print: %s", strerror(errno));
 }
 
@@ -329,21 +336,23 @@ enum { OPEN_MAX_WORDS = 10, OPEN_MAX_BYTES = 16384 }; /* of a request before AUT
 struct conn {
     /* For as long as the connection lasts: */
     int fd;
+    long id;     /* the first connection is 1 */
     bool authed; /* no password is needed, or it was given */
+    bool resp3;  /* HELLO 3: RESP replies have the form of RESP3, not RESP2 */
     int wrong_passwords;
     size_t max_bytes, max_words; /* of a request */
     const char *closing;         /* why to close once the replies are sent; NULL: go on */
     struct buf in;               /* what was read */
     size_t pos;                  /* offset in in.p of the next request */
-    size_t scanned;              /* so many bytes from pos on hold no newline */
+    size_t scanned;              /* bytes from pos on in which no newline was found */
     struct buf out;              /* replies that are not sent yet */
-    int blocking_reads;          /* so many reads block at once: see look_for_input */
+    int no_yields;               /* how many further calls of yield do nothing */
 
     /* Since replies were last sent: */
-    size_t replies; /* so many are in out */
-    bool writes;    /* one of the requests writes */
-    size_t logged;  /* bytes of keys and values that went to the append-only file */
-    uint64_t seen; /* number of the last record that a reply may reveal, see section 10 */
+    size_t replies;  /* so many are in out */
+    bool writes;     /* one of the requests writes */
+    size_t recorded; /* bytes of keys and values for the append-only file */
+    uint64_t seen;   /* last change that a reply shows, see The store in section 8 */
 
     /* The request at hand: */
     bool resp;          /* it is RESP, and so is the reply; else both are text */
@@ -394,9 +403,9 @@ static bool parse_int(struct slice s, int64_t *n) {
 /* Whether a request could be taken off the input. WRONG: it has been answered. */
 enum outcome { COMPLETE, INCOMPLETE, WRONG };
 
-/* Answers a line that is wrong. */
+/* Answers a line that is wrong. why begins with a code word. */
 static enum outcome fail_line(struct conn *c, const char *why) {
-    fail(c, "ERR %s", why);
+    fail(c, "%s", why);
     c->replies++;
     return WRONG;
 }
@@ -410,8 +419,8 @@ static enum outcome refuse(struct conn *c, const char *why) {
 
 static enum outcome refuse_long(struct conn *c) {
     if (c->authed)
-        return refuse(c, "a request over --max-request or 1024 words is too long");
-    return refuse(c, "before AUTH a request over 16 KiB or 10 words is too long");
+        return refuse(c, "ERR a request over --max-request or 1024 words is too long");
+    return refuse(c, "ERR before AUTH a request over 16 KiB or 10 words is too long");
 }
 
 /* Adds a word to argv, if that is not one too many. */
@@ -420,7 +429,7 @@ static enum outcome add_word(struct conn *c, char *p, size_t len) {
     if (c->argc == c->argv_room) {
         size_t room = 2 * c->argv_room + 8;
         struct slice *argv = realloc(c->argv, room * sizeof *argv);
-        if (!argv) return refuse(c, "out of memory");
+        if (!argv) return refuse(c, "OOM out of memory");
         c->argv = argv;
         c->argv_room = room;
     }
@@ -437,15 +446,16 @@ static const char escape_bytes[] = {'\\', '\n', '\r', '\t', '"'};
 static bool is_hex(char c) { return isxdigit((unsigned char)c) != 0; }
 
 /* escape = "\" ("\" | "n" | "r" | "t" | "\"" | "x" hex hex)
-   Decodes the escape at from to *to. Returns where it ends, or NULL if there is none. It
-   stops at the first byte that does not fit, at the latest at the line's end. */
-static char *unescape(char *from, char *to) {
+   Decodes the escape at from to *to. Returns where it ends, or NULL if there is none
+   before end. */
+static char *unescape(char *from, char *end, char *to) {
+    if (end - from < 2) return NULL;
     const char *letter = memchr(escape_letters, from[1], sizeof escape_letters);
     if (letter) {
         *to = escape_bytes[letter - escape_letters];
         return from + 2;
     }
-    if (from[1] != 'x') return NULL;
+    if (end - from < 4 || from[1] != 'x') return NULL;
     if (!is_hex(from[2]) || !is_hex(from[3])) return NULL;
     char digits[] = {from[2], from[3], 0};
     *to = (char)strtol(digits, NULL, 16);
@@ -460,10 +470,10 @@ static enum outcome take_quoted(struct conn *c, char **at, char *end) {
     char *from = start, *to = start;
     while (from < end && *from != mark) {
         bool is_escape = mark == '"' && *from == '\\';
-        char *next = is_escape ? unescape(from, to) : from + 1;
+        char *next = is_escape ? unescape(from, end, to) : from + 1;
         if (!next)
             return fail_line(
-                c, "bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH");
+                c, "ERR bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH");
         if (!is_escape) *to = *from;
         from = next;
         to++;
@@ -471,7 +481,7 @@ static enum outcome take_quoted(struct conn *c, char **at, char *end) {
     bool is_closed = from < end && (from + 1 == end || is_blank(from[1]));
     if (!is_closed)
         return fail_line(
-            c, "unbalanced quotes: a word that begins with a quote ends with one");
+            c, "ERR unbalanced quotes: a word that begins with a quote ends with one");
     *at = from + 1;
     return add_word(c, start, (size_t)(to - start));
 }
@@ -507,7 +517,7 @@ static enum outcome take_line(struct conn *c) {
     return split_line(c, line, c->crlf ? newline - 1 : newline);
 }
 
-/* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } -------------- */
+/* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } ------------- */
 
 /* Reads the number of a header, which begins at *at with a type byte, and moves *at
    behind it. If no line end comes within LONGEST bytes, the header is wrong. */
@@ -529,17 +539,17 @@ static enum outcome take_string(struct conn *c, char **at, char *end, int64_t ro
     char *start = *at;
     int64_t len;
     if (start == end) return INCOMPLETE;
-    if (*start != '$') return refuse(c, "Protocol error: expected '$'");
+    if (*start != '$') return refuse(c, "ERR Protocol error: expected '$'");
     enum outcome header = read_header(at, end, &len);
     if (header == INCOMPLETE) return INCOMPLETE;
     if (header == WRONG || len < 0)
-        return refuse(c, "Protocol error: invalid bulk length");
+        return refuse(c, "ERR Protocol error: invalid bulk length");
     if (len > room - (*at - start) - 2) return refuse_long(c); /* 2: for CRLF */
     char *string = *at;
     if (end - string < len + 2) return INCOMPLETE;
     *at = string + len + 2;
     if (memcmp(string + len, "\r\n", 2) != 0)
-        return refuse(c, "Protocol error: expected CRLF after a string");
+        return refuse(c, "ERR Protocol error: expected CRLF after a string");
     return add_word(c, string, (size_t)len);
 }
 
@@ -552,7 +562,7 @@ static enum outcome take_array(struct conn *c) {
     c->crlf = true;
     enum outcome header = read_header(&at, end, &words);
     if (header == INCOMPLETE) return INCOMPLETE;
-    if (header == WRONG) return refuse(c, "Protocol error: invalid multibulk length");
+    if (header == WRONG) return refuse(c, "ERR Protocol error: invalid multibulk length");
     if (words > (int64_t)c->max_words) return refuse_long(c);
     for (int64_t i = 0; i < words; i++) {
         enum outcome string =
@@ -564,19 +574,19 @@ static enum outcome take_array(struct conn *c) {
 }
 
 /* Takes the next request off the input into argv. Returns false when none has arrived in
-   full. The words are valid until more is read. */
+   full. argc is 0 if there is nothing to run: a line without words, or a request that was
+   wrong and has been answered. The words are valid until more is read. */
 static bool next_request(struct conn *c) {
-    while (!c->closing && c->pos < c->in.len) {
-        char first = c->in.p[c->pos];
-        c->argc = 0;
-        c->resp = first == '*';
-        if (first == '\xff') c->closing = "interrupted by telnet"; /* by Ctrl-C */
-        if (c->closing) return false;
-        enum outcome request = c->resp ? take_array(c) : take_line(c);
-        if (request == INCOMPLETE) return false;
-        if (request == COMPLETE && c->argc > 0) return true;
+    if (c->closing || c->pos == c->in.len) return false;
+    if (c->in.p[c->pos] == '\xff') { /* Ctrl-C in telnet */
+        c->closing = "interrupted by telnet";
+        return false;
     }
-    return false;
+    c->argc = 0;
+    c->resp = c->in.p[c->pos] == '*';
+    enum outcome request = c->resp ? take_array(c) : take_line(c);
+    if (request == WRONG) c->argc = 0;
+    return request != INCOMPLETE;
 }
 
 /* === 4 Replies ===================================================================== */
@@ -584,8 +594,9 @@ static bool next_request(struct conn *c) {
 /* The functions that reply return whether the request has succeeded: fail false, all
    others true. So a command can end with return reply_...(). */
 
-/* Whether a reply must quote s: bare it could be taken for an error, the end of a list or
-   a quoted value. as_word: also if a request could not hold it bare. */
+/* Whether a reply must quote s: without quotes it could be taken for an error, the
+   end of a list or a quoted value. as_word: also if s, sent back bare in a request,
+   would not be one word. */
 static bool needs_quotes(struct slice s, bool as_word) {
     if (s.len == 0) return true;
     char first = s.p[0], last = s.p[s.len - 1];
@@ -599,8 +610,8 @@ static bool needs_quotes(struct slice s, bool as_word) {
 }
 
 /* Writes s as a double-quoted word to to, which has room for 4 * s.len + 2 bytes. Returns
-   where it ends. A double quote becomes \x22, which bash's printf %b knows, too. (With
-   sprintf in place of hex it takes fifty times as long, under a shard's lock.) */
+   where it ends. A double quote becomes \x22, which bash's printf %b knows, too. (This
+   runs under a shard's lock, and sprintf would take fifty times as long as hex.) */
 static char *quote(char *to, struct slice s) {
     static const char hex[] = "0123456789abcdef";
     *to++ = '"';
@@ -665,7 +676,8 @@ static bool reply_int(struct conn *c, int64_t n) {
 }
 
 static bool reply_nil(struct conn *c) {
-    return reply_line(c, "", str(c->resp ? "$-1" : "(nil)"));
+    if (!c->resp) return reply_line(c, "", str("(nil)"));
+    return reply_line(c, "", str(c->resp3 ? "_" : "$-1"));
 }
 
 static bool reply_string(struct conn *c, struct slice s, bool quoted) {
@@ -676,12 +688,13 @@ static bool reply_string(struct conn *c, struct slice s, bool quoted) {
     return reply_line(c, "", str(""));
 }
 
-/* A value, in text bare where it cannot be misread: two words. */
+/* A value. Text has it without quotes where it cannot be misread, with blanks in it,
+   too. */
 static bool reply_value(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, false));
 }
 
-/* A value that in text can be sent back as a word: "two words". */
+/* A value that in text can be sent back as one word: with blanks in it, it has quotes. */
 static bool reply_word(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, true));
 }
@@ -737,7 +750,9 @@ static void sip_round(uint64_t v[4]) {
 
 /* SipHash-1-3 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012): one
    round for each eight bytes and three at the end. The last word has the bytes that are
-   left and, as its highest byte, the length. */
+   left and, as its highest byte, the length. The numbers here and in sip_round are the
+   paper's. What kv needs of it: the same key and bytes have the same hash, and nobody can
+   foretell it without the key. */
 static uint64_t siphash(const uint64_t key[2], struct slice s) {
     uint64_t v[4] = {
         key[0] ^ 0x736f6d6570736575,
@@ -789,6 +804,7 @@ struct deadline {
 struct table {
     struct entry **buckets;
     size_t size, count;
+    size_t bytes; /* of all entries */
     struct deadline *heap;
     size_t heap_len, heap_room;
 };
@@ -799,6 +815,7 @@ static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
     uint64_t appended; /* the last record about this shard in the append-only file */
+    uint64_t hits, misses, expired; /* for INFO */
 } shards[4096]; /* as many as --shards allows; those that are not used cost no memory */
 
 static void deadline_clear(struct table *t, struct entry *e);
@@ -819,6 +836,10 @@ static struct entry *entry_new(uint32_t hash, struct slice key, struct slice val
     memcpy(e->data, key.p, key.len);
     memcpy(e->data + key.len, value.p, value.len);
     return e;
+}
+
+static size_t entry_size(const struct entry *e) {
+    return sizeof *e + e->key_len + e->value_len;
 }
 
 static struct entry **bucket_of(const struct table *t, uint32_t hash) {
@@ -879,6 +900,7 @@ static bool table_reserve(struct table *t) {
 static void table_insert(struct table *t, struct entry *e) {
     bucket_push(t, e);
     t->count++;
+    t->bytes += entry_size(e);
 }
 
 /* Takes out an entry and frees it. The buckets stay: a table never shrinks. */
@@ -888,12 +910,13 @@ static void table_remove(struct table *t, struct entry *e) {
     while (*link != e) link = &(*link)->next;
     *link = e->next;
     deadline_clear(t, e);
-    free(e);
     t->count--;
+    t->bytes -= entry_size(e);
+    free(e);
 }
 
-/* Removes all entries, and frees all that t owns. */
-static void table_clear(struct table *t) {
+/* Frees all that t owns. No other thread may know of it any more. */
+static void table_free(struct table *t) {
     for (size_t i = 0; i < t->size; i++) {
         while (t->buckets[i]) {
             struct entry *e = t->buckets[i];
@@ -903,7 +926,6 @@ static void table_clear(struct table *t) {
     }
     free(t->buckets);
     free(t->heap);
-    *t = (struct table){0};
 }
 
 /* === 7 Expiry ====================================================================== */
@@ -937,7 +959,8 @@ static void heap_place(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its place. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its place. It comes
+   from another branch, so it may have to go up from there as well as down. */
 static void deadline_clear(struct table *t, struct entry *e) {
     if (e->slot == 0) return;
     struct deadline last = t->heap[t->heap_len];
@@ -966,16 +989,17 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 
 /* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
    get its lock soon. Returns whether there may be more. The append-only file gets no
-   record: it knows the deadlines. */
+   record: in a replay, a SET whose deadline has passed removes the key, see store. */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
-    int n = 0;
+    uint64_t n = 0;
     pthread_mutex_lock(&s->lock);
     while (n < MAX_AT_ONCE && t->heap_len > 0 && has_passed(t->heap[1].when)) {
         table_remove(t, t->heap[1].entry);
         n++;
     }
+    s->expired += n;
     pthread_mutex_unlock(&s->lock);
     return n == MAX_AT_ONCE;
 }
@@ -994,7 +1018,7 @@ static void *expiry_main(void *unused) {
         for (long i = 0; i < opt.shards; i++) {
             if (expire_some(&shards[i])) more = true;
         }
-        /* Also if there is more let others have the lock: there may be only one shard. */
+        /* Sleep even if there is more, or with one shard others hardly get its lock. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1008,7 +1032,7 @@ enum { KEY = 1, WRITES = 2, OPEN = 4 };
 /* A row of the table of commands says all about one. The words that a request may have
    are counted with the name. run replies once, and returns what the reply returned. If
    the row says KEY, run is called with the key at hand locked and looked up: c->entry, or
-   NULL. It must not block. */
+   NULL. run must not block. */
 struct command {
     const char *name;
     const char *args; /* its syntax; NULL: HELP does not know it */
@@ -1021,23 +1045,32 @@ struct command {
 /* --- The store ----------------------------------------------------------------------
 
    The order of a change: first allocate what it needs, then append its record to the
-   append-only file's buffer, and only then change the table, which cannot fail. So when
-   memory is out nothing has been changed, here or there. All this is done while the
-   key's shard is locked: the file has the order in which things happened. */
+   append-only file's buffer, and only then change the table. That last step cannot fail.
+   So when memory is out nothing has been changed, here or there. All this is done while
+   the key's shard is locked: the file has the order in which things happened.
 
-/* Appends a record of n words, and sets *end to its number; see section 10. */
-static bool aof_append(const struct slice *words, size_t n, uint64_t *end);
+   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and
+   with --fsync always on the disk. Before a reply is sent, the records that it reveals
+   must be safe, also when another client wrote them: if B reads what A has stored, and a
+   crash then undoes it, B knows something that never was. c->seen is the last record that
+   must be safe. Its number goes this way: aof_append, shard->appended, note_seen, c->seen,
+   aof_commit. */
+
+/* Appends a record of n words, and sets *number to its number; without --aof does
+   nothing. Returns false when memory is out. */
+static bool aof_append(const struct slice *words, size_t n, uint64_t *number);
 
 static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
 
-/* Appends what the key at hand is from now on. Returns false when memory is out. */
+/* Appends a record of the new value and deadline of the key at hand. Returns false when
+   memory is out. */
 static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
     char ms[24];
     snprintf(ms, sizeof ms, "%" PRId64, deadline);
     struct slice record[] = {
         str("SET"), c->key, value, str("PXAT"), str(ms), /* the last two not with NEVER */
     };
-    c->logged += c->key.len + value.len;
+    c->recorded += c->key.len + value.len;
     return aof_append(record, deadline == NEVER ? 3 : 5, &c->shard->appended);
 }
 
@@ -1047,13 +1080,15 @@ static bool remove_key(struct conn *c) {
     struct slice record[] = {str("DEL"), c->key};
     if (!c->entry) return true;
     if (!aof_append(record, 2, &c->shard->appended)) return fail_oom(c);
+    c->recorded += c->key.len;
     table_remove(&c->shard->table, c->entry);
     c->entry = NULL;
     return true;
 }
 
-/* Gives the key at hand a value and a deadline, which may be NEVER; one that has passed
-   removes it. A value as long as the old one takes its place, which needs no memory. */
+/* Gives the key at hand a value and a deadline, which may be NEVER. If the deadline
+   has passed, the key is removed. A value of the same length is copied over the old
+   one, which needs no memory. */
 static bool store(struct conn *c, struct slice value, int64_t deadline) {
     struct table *t = &c->shard->table;
     if (has_passed(deadline)) return remove_key(c);
@@ -1084,8 +1119,7 @@ static bool move_deadline(struct conn *c, int64_t deadline) {
     return true;
 }
 
-/* A reply may reveal what was last recorded about a shard that it looked at. So it must
-   not be sent before that record is safe. */
+/* Notes the last record about a shard: a reply may depend on it. */
 static void note_seen(struct conn *c, const struct shard *s) {
     if (c->seen < s->appended) c->seen = s->appended;
 }
@@ -1103,7 +1137,11 @@ static void lock_key(struct conn *c, struct slice key) {
     if (c->entry && has_expired(&s->table, c->entry)) {
         table_remove(&s->table, c->entry);
         c->entry = NULL;
+        s->expired++;
     }
+    if (c->cmd->flags & WRITES) return;
+    if (c->entry) s->hits++; /* INFO counts what is read, as Redis does */
+    else s->misses++;
 }
 
 static void unlock_key(struct conn *c) {
@@ -1115,7 +1153,7 @@ static int64_t key_deadline(const struct conn *c) {
     return c->entry ? deadline_of(&c->shard->table, c->entry) : NEVER;
 }
 
-/* --- Values and counters ------------------------------------------------------------- */
+/* --- Values and counters ------------------------------------------------------------ */
 
 #define NOT_AN_INTEGER "ERR value is not an integer or out of range"
 
@@ -1146,18 +1184,9 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
     return true;
 }
 
-/* What may follow SET key value. Each word excludes others, and if it says a time, a
-   number of units of so many ms follows: from now, or AT: from 1970. */
-enum {
-    NX = 1,
-    XX = 2,
-    KEEPTTL = 4,
-    EX = 8,
-    PX = 16,
-    EXAT = 32,
-    PXAT = 64,
-    AT = EXAT | PXAT
-};
+/* What may follow SET key value. Some words exclude each other. EX, PX, EXAT and PXAT are
+   followed by a number, in units of so many ms, from now or (AT) from 1970. */
+enum { NX = 1, XX = 2, KEEPTTL = 4, EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
 static const struct set_word {
     const char *name;
     int flag, excludes;
@@ -1196,14 +1225,15 @@ static bool cmd_set(struct conn *c) {
         time = w;
     }
     int64_t deadline = flags & KEEPTTL ? key_deadline(c) : NEVER;
-    int64_t base = flags & AT ? 0 : now_ms();
+    int64_t base = flags & (EXAT | PXAT) ? 0 : now_ms();
     if (time && !parse_deadline(c, number, time->unit, base, 1, &deadline)) return false;
     bool unwanted = c->entry ? flags & NX : flags & XX;
     if (unwanted) return reply_nil(c);
     return store(c, c->argv[2], deadline) && reply_status(c, "OK");
 }
 
-/* Each key of DEL and of EXISTS is locked for itself. */
+/* DEL and EXISTS have no KEY in their rows: they lock their keys themselves, one
+   after the other. If memory runs out, DEL has removed those before. */
 static bool cmd_del(struct conn *c) {
     int64_t n = 0;
     bool ok = true;
@@ -1255,7 +1285,7 @@ static bool cmd_decrby(struct conn *c) {
     return add_to_value(c, -by);
 }
 
-/* --- Deadlines ----------------------------------------------------------------------- */
+/* --- Deadlines ---------------------------------------------------------------------- */
 
 static bool expire(struct conn *c, int64_t unit, int64_t base) {
     int64_t deadline = NEVER;
@@ -1289,10 +1319,11 @@ static bool reply_ttl(struct conn *c, int64_t unit) {
 static bool cmd_ttl(struct conn *c) { return reply_ttl(c, 1000); }
 static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
-/* --- All keys ------------------------------------------------------------------------ */
+/* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it.
-   class = "[" ["^"] { byte | byte "-" byte | "\" byte } ["]"] */
+/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
+   it, too. [a-] is the range from a to ], and the class goes on, as in Redis.
+   class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
     bool match = false, negate = p < end && *p == '^';
@@ -1322,26 +1353,31 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. After a mismatch the last star takes one byte more,
-   and none of the stars before it: whatever they could take, the last one can take, too.
-   So the time is at most the product of both lengths, never exponential. Example: *a*b
-   and xaxab. The first star takes x; once the first a has matched only the second star
-   takes more. Once the server gives up nothing matches any more. */
+/* Whether s matches a glob pattern. Where an item does not match, it goes back to the
+   last star, which takes one byte more. It need not go back to a star before that
+   one: the earlier star took as little as it could, so it left the most bytes for
+   what follows. So the time is at most the product of both lengths, never
+   exponential. *a*b and xaxab:
+
+        x is no a, so the first star takes x;  a matches a;  x is no b, so the second star
+        takes x;  a is no b, so it takes a, too;  b matches b.
+
+   Once the server gives up nothing matches any more. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
-    const char *star = NULL;  /* what is behind the last star */
-    size_t i = 0, star_i = 0; /* where in s that star's bytes end, as of now */
-    while (i < s.len || p < end) {
+    const char *star = NULL; /* what is behind the last star */
+    size_t star_i = 0;       /* where in s the bytes end that this star takes */
+    size_t i = 0;
+    while (i < s.len) {
         const char *next = p;
-        bool has_both = p < end && i < s.len;
-        if (p < end && *p == '*') {
+        if (p < end && *p == '*') { /* it takes nothing at first */
             p++;
             star = p;
             star_i = i;
-        } else if (has_both && match_item(&next, end, s.p[i])) {
+        } else if (p < end && match_item(&next, end, s.p[i])) {
             p = next;
             i++;
-        } else if (star && star_i < s.len && stopping != GIVING_UP) {
+        } else if (star && stopping != GIVING_UP) { /* back to the star */
             star_i++;
             p = star;
             i = star_i;
@@ -1349,11 +1385,12 @@ static bool glob_match(struct slice pattern, struct slice s) {
             return false;
         }
     }
-    return true;
+    while (p < end && *p == '*') p++; /* these take nothing */
+    return p == end;
 }
 
-/* Adds the keys of a shard to keys, each behind its length. The shard is locked only
-   while they are copied: to match and quote them takes longer. */
+/* Adds the keys of a shard to keys, for each its length and then its bytes. The shard
+   is locked only while they are copied: to match and quote them takes longer. */
 static void copy_keys(struct conn *c, struct shard *s, struct buf *keys) {
     const struct table *t = &s->table;
     pthread_mutex_lock(&s->lock);
@@ -1392,7 +1429,8 @@ static bool cmd_keys(struct conn *c) {
             n++;
         }
     }
-    bool ok = !keys.failed && !found.failed && stopping != GIVING_UP;
+    bool gave_up = stopping == GIVING_UP;
+    bool ok = !keys.failed && !found.failed && !gave_up;
     if (ok) {
         size_t at = 0;
         list_start(c, n);
@@ -1401,7 +1439,7 @@ static bool cmd_keys(struct conn *c) {
     }
     free(keys.p);
     free(found.p);
-    if (stopping == GIVING_UP) return fail(c, "ERR the server stops");
+    if (gave_up) return fail(c, "ERR the server stops");
     return ok || fail_oom(c);
 }
 
@@ -1416,22 +1454,31 @@ static bool cmd_dbsize(struct conn *c) {
     return reply_int(c, (int64_t)n);
 }
 
-/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. The price: others wait
-   as long as it takes to free what is in the shards, for 10 million keys about a second. */
+/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. Their memory is freed
+   afterwards, for that takes long. */
 static bool cmd_flush(struct conn *c) {
     struct slice record[] = {str("FLUSHALL")};
     if (c->argc > 1) return fail(c, "ERR syntax error");
+    struct table *old = calloc((size_t)opt.shards, sizeof *old);
+    if (!old) return fail_oom(c);
     for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
-    bool ok = aof_append(record, 1, &c->seen); /* now the highest number there is */
+    uint64_t number = 0;
+    bool ok = aof_append(record, 1, &number);
     for (long i = 0; i < opt.shards; i++) {
-        if (ok) table_clear(&shards[i].table);
-        if (ok) shards[i].appended = c->seen;
+        if (ok) {
+            old[i] = shards[i].table;
+            shards[i].table = (struct table){0};
+            shards[i].appended = number;
+            note_seen(c, &shards[i]);
+        }
         pthread_mutex_unlock(&shards[i].lock);
     }
+    for (long i = 0; i < opt.shards; i++) table_free(&old[i]);
+    free(old);
     return ok ? reply_status(c, "OK") : fail_oom(c);
 }
 
-/* --- The connection ------------------------------------------------------------------ */
+/* --- The connection ----------------------------------------------------------------- */
 
 static bool cmd_ping(struct conn *c) {
     return c->argc > 1 ? reply_value(c, c->argv[1]) : reply_status(c, "PONG");
@@ -1440,7 +1487,9 @@ static bool cmd_ping(struct conn *c) {
 static bool cmd_echo(struct conn *c) { return reply_value(c, c->argv[1]); }
 
 static bool cmd_select(struct conn *c) {
-    if (!word_is(c->argv[1], "0")) return fail(c, "ERR DB index is out of range");
+    int64_t n;
+    if (!parse_int(c->argv[1], &n)) return fail(c, NOT_AN_INTEGER);
+    if (n != 0) return fail(c, "ERR DB index is out of range");
     return reply_status(c, "OK");
 }
 
@@ -1469,13 +1518,14 @@ static bool cmd_transaction(struct conn *c) {
 /* The first line of --password-file; empty: nobody needs one. */
 static char password[1024];
 
-/* Takes the same time wherever the word is wrong, so the time tells nothing about the
+/* Takes the same time whichever byte is wrong, so the time tells nothing about the
    password. */
 static bool is_password(struct slice word) {
     size_t len = strlen(password);
     bool ok = word.len == len;
     for (size_t i = 0; i < word.len; i++)
-        if (word.p[i] != password[i % sizeof password]) ok = false; /* %: a long word */
+        if (word.p[i] != password[i % sizeof password])
+            ok = false; /* %: word may be longer */
     return ok;
 }
 
@@ -1489,7 +1539,19 @@ static void log_in(struct conn *c) {
     set_timeouts(c->fd, opt.timeout);
 }
 
-/* AUTH password, or AUTH default password. Closes after ten wrong ones. */
+/* Logs the client in if user and password are right. Closes after ten wrong ones. */
+static bool authenticate(struct conn *c, struct slice user, struct slice word) {
+    bool is_user = user.len == 7 && memcmp(user.p, "default", 7) == 0;
+    if (is_user && (password[0] == 0 || is_password(word))) {
+        log_in(c);
+        return true;
+    }
+    c->wrong_passwords++;
+    if (c->wrong_passwords == 10) c->closing = "ten wrong passwords";
+    return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
+}
+
+/* AUTH password, or AUTH default password. */
 static bool cmd_auth(struct conn *c) {
     struct slice user = c->argc == 3 ? c->argv[1] : str("default");
     if (c->argc > 3) return fail(c, "ERR syntax error");
@@ -1497,17 +1559,163 @@ static bool cmd_auth(struct conn *c) {
         return fail(c,
                     "ERR AUTH <password> called without any password configured for the "
                     "default user. Are you sure your configuration is correct?");
-    bool is_user = user.len == 7 && memcmp(user.p, "default", 7) == 0;
-    if (is_user && (password[0] == 0 || is_password(c->argv[c->argc - 1]))) {
-        log_in(c);
-        return reply_status(c, "OK");
-    }
-    c->wrong_passwords++;
-    if (c->wrong_passwords == 10) c->closing = "ten wrong passwords";
-    return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
+    return authenticate(c, user, c->argv[c->argc - 1]) && reply_status(c, "OK");
 }
 
-/* --- The table of commands, and running one ------------------------------------------ */
+/* An item of HELLO's reply, which in RESP is a name and a value. */
+static void reply_item(struct conn *c, const char *name, const char *value) {
+    struct text line;
+    snprintf(line.text, sizeof line, "%s:%s", name, value);
+    if (!c->resp) {
+        reply_line(c, "", str(line.text));
+        return;
+    }
+    reply_value(c, str(name));
+    reply_value(c, str(value));
+}
+
+static void reply_int_item(struct conn *c, const char *name, int64_t n) {
+    struct text line;
+    snprintf(line.text, sizeof line, "%s:%" PRId64, name, n);
+    if (c->resp) reply_value(c, str(name));
+    if (c->resp) reply_int(c, n);
+    else reply_line(c, "", str(line.text));
+}
+
+/* HELLO [2|3 [AUTH default password] [SETNAME name]]: what client libraries begin with.
+   Nobody asks for the name, so it is not kept. */
+static bool cmd_hello(struct conn *c) {
+    int64_t version = c->resp3 ? 3 : 2;
+    size_t auth = 0; /* where in argv AUTH is */
+    if (c->argc > 1 && !parse_int(c->argv[1], &version))
+        return fail(c, "ERR Protocol version is not an integer or out of range");
+    if (version != 2 && version != 3)
+        return fail(c, "NOPROTO unsupported protocol version");
+    for (size_t i = 2; i < c->argc;) {
+        bool is_auth = word_is(c->argv[i], "AUTH") && i + 2 < c->argc;
+        bool is_name = word_is(c->argv[i], "SETNAME") && i + 1 < c->argc;
+        if (!is_auth && !is_name)
+            return fail(c, "ERR Syntax error in HELLO option '%s'",
+                        show(c->argv[i]).text);
+        if (is_auth) auth = i;
+        i += is_auth ? 3 : 2;
+    }
+    if (auth > 0) {
+        struct slice user = c->argv[auth + 1], word = c->argv[auth + 2];
+        if (!authenticate(c, user, word)) return false;
+    }
+    if (!c->authed)
+        return fail(
+            c, "NOAUTH HELLO must be called with the client already authenticated, "
+               "otherwise the HELLO <proto> AUTH <user> <pass> option can be used to "
+               "authenticate the client and select the RESP protocol version at the "
+               "same time");
+    c->resp3 = version == 3;
+    if (c->resp && c->resp3) buf_add_header(&c->out, '%', 6);
+    else list_start(c, 12);
+    reply_item(c, "server", "kv");
+    reply_item(c, "version", KV_VERSION);
+    reply_int_item(c, "proto", version);
+    reply_int_item(c, "id", c->id);
+    reply_item(c, "mode", "standalone");
+    reply_item(c, "role", "master");
+    return list_end(c, 6, "item");
+}
+
+/* --- INFO --------------------------------------------------------------------------- */
+
+/* How many commands have been run. Each connection counts in one of many counters: with
+   one for all, every request would wait for its cache line. */
+static struct { _Alignas(64) atomic_ullong commands; } counters[64];
+
+static int64_t started_us; /* on the monotonic clock */
+
+static int64_t aof_size(void);
+
+/* Adds up what the shards count. */
+static void add_up(struct conn *c, struct table *table, struct shard *sum) {
+    for (long i = 0; i < opt.shards; i++) {
+        struct shard *s = &shards[i];
+        pthread_mutex_lock(&s->lock);
+        table->count += s->table.count;
+        table->heap_len += s->table.heap_len;
+        table->bytes += s->table.bytes;
+        sum->hits += s->hits;
+        sum->misses += s->misses;
+        sum->expired += s->expired;
+        note_seen(c, s);
+        pthread_mutex_unlock(&s->lock);
+    }
+}
+
+/* Whether INFO is to show a section: all if none is named. */
+static bool shows_section(const struct conn *c, const char *section) {
+    bool shows = c->argc == 1;
+    for (size_t i = 1; i < c->argc; i++) {
+        struct slice word = c->argv[i];
+        if (word_is(word, section) || word_is(word, "all")) shows = true;
+        if (word_is(word, "default") || word_is(word, "everything")) shows = true;
+    }
+    return shows;
+}
+
+/* A field is a line name:value. RESP has them in one string, a heading before each
+   section; text has only the lines. */
+static bool cmd_info(struct conn *c) {
+    struct table table = {0};
+    struct shard sum = {.hits = 0};
+    unsigned long long run = 0;
+    char keyspace[64];
+    add_up(c, &table, &sum);
+    for (int i = 0; i < 64; i++) run += counters[i].commands;
+    snprintf(keyspace, sizeof keyspace, "keys=%zu,expires=%zu", table.count,
+             table.heap_len);
+    const struct {
+        const char *section, *name, *text; /* text NULL: it is a number */
+        int64_t number;
+    } fields[] = {
+        {"Server", "kv_version", KV_VERSION, 0},
+        {"Server", "uptime_in_seconds", NULL, (monotonic_us() - started_us) / 1000000},
+        {"Clients", "connected_clients", NULL, clients},
+        {"Clients", "maxclients", NULL, opt.max_clients},
+        {"Memory", "used_memory", NULL, (int64_t)table.bytes},
+        {"Persistence", "loading", NULL, 0},
+        {"Persistence", "aof_enabled", NULL, opt.aof ? 1 : 0},
+        {"Persistence", "aof_current_size", NULL, aof_size()},
+        {"Stats", "total_connections_received", NULL, connections},
+        {"Stats", "total_commands_processed", NULL, (int64_t)run},
+        {"Stats", "expired_keys", NULL, (int64_t)sum.expired},
+        {"Stats", "keyspace_hits", NULL, (int64_t)sum.hits},
+        {"Stats", "keyspace_misses", NULL, (int64_t)sum.misses},
+        {"Replication", "role", "master", 0},
+        {"Keyspace", "db0", keyspace, 0},
+    };
+    struct buf all = {0};
+    const char *section = "";
+    size_t n = 0;
+    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+        char line[128], number[24];
+        if (!shows_section(c, fields[i].section)) continue;
+        if (c->resp && strcmp(section, fields[i].section) != 0) {
+            section = fields[i].section;
+            snprintf(line, sizeof line, "%s# %s\r\n", n > 0 ? "\r\n" : "", section);
+            buf_add_text(&all, line);
+        }
+        snprintf(number, sizeof number, "%" PRId64, fields[i].number);
+        const char *value = fields[i].text ? fields[i].text : number;
+        const char *line_end = c->crlf ? "\r\n" : "\n";
+        snprintf(line, sizeof line, "%s:%s%s", fields[i].name, value, line_end);
+        buf_add_text(&all, line);
+        n++;
+    }
+    if (all.failed) c->out.failed = true;
+    if (c->resp) reply_value(c, (struct slice){all.p, all.len});
+    else buf_add(&c->out, all.p, all.len);
+    free(all.p);
+    return list_end(c, n, "field");
+}
+
+/* --- The table of commands, and running one ----------------------------------------- */
 
 static bool cmd_help(struct conn *c);
 
@@ -1522,6 +1730,7 @@ static const struct command commands[] = {
     {"PING", "[message]", 1, 2, OPEN, cmd_ping, "are you there?", "PONG, or the message"},
     {"INCR", "key", 2, 2, KEY | WRITES, cmd_incr, "add 1; no key is 0", "the sum"},
     {"DEL", "key...", 2, ANY, WRITES, cmd_del, "remove keys", "how many there were"},
+    {"UNLINK", "key...", 2, ANY, WRITES, cmd_del, "remove keys", "how many there were"},
     {"DECR", "key", 2, 2, KEY | WRITES, cmd_decr, "subtract 1", "the difference"},
     {"INCRBY", "key n", 3, 3, KEY | WRITES, cmd_incrby, "add n", "the sum"},
     {"DECRBY", "key n", 3, 3, KEY | WRITES, cmd_decrby, "subtract n", "the difference"},
@@ -1544,7 +1753,10 @@ static const struct command commands[] = {
     {"FLUSHALL", "", 1, ANY, WRITES, cmd_flush, "remove all keys", "OK"},
     {"ECHO", "message", 2, 2, 0, cmd_echo, "repeat the message", "the message"},
     {"HELP", "[command]", 1, 2, OPEN, cmd_help, "this list, or one command", "lines"},
+    {"INFO", "[section]", 1, ANY, 0, cmd_info, "how the server is", "name:value, ..."},
     {"AUTH", "[default] password", 2, ANY, OPEN, cmd_auth, "log in", "OK"},
+    {"HELLO", "[2|3 [AUTH default password] [SETNAME name]]", 1, ANY, OPEN, cmd_hello,
+     "choose RESP2 or RESP3", "name:value, ..."},
     {"QUIT", "", 1, ANY, OPEN, cmd_quit, "close the connection", "OK"},
     {"SELECT", "0", 2, 2, 0, cmd_select, "there is one database", "OK"},
     {"POST", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
@@ -1618,12 +1830,12 @@ static bool run_request(struct conn *c) {
     return ok;
 }
 
-/* Logs a request, its client and its time, but no words that may be a password: those may
-   also follow a command that somebody has mistyped. */
+/* Logs a request, its client and its time, but no words that may be a password. If
+   AUTH was mistyped, the word behind it may be one, too. */
 static void log_request(const struct conn *c, const char *client, int64_t us) {
     char line[512], *end = line;
     char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
-    bool is_auth = c->cmd && c->cmd->run == cmd_auth;
+    bool is_auth = c->cmd && (c->cmd->run == cmd_auth || c->cmd->run == cmd_hello);
     bool is_secret = is_auth || !c->authed || (!c->cmd && password[0] != 0);
     size_t shown = is_secret ? 1 : c->argc;
     for (size_t i = 0; i < shown && end < last; i++) {
@@ -1636,10 +1848,24 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-static atomic_long clients; /* connections that count for --max-clients */
-static atomic_long threads; /* of connections, also those that only linger */
+/* Lets other threads run first that want the processor, and returns whether that is a
+   good idea. kv's own threads need it for some 5 us each, 256 of them for 1.3 ms.
+   Another program takes a time slice of 3 ms or more. So after a yield of more than
+   SLOW_US the next PAUSE calls for this connection do nothing and return false: the
+   caller blocks. */
+static bool yield(struct conn *c) {
+    enum { SLOW_US = 2500, PAUSE = 200 };
+    if (c->no_yields > 0) {
+        c->no_yields--;
+        return false;
+    }
+    int64_t start = monotonic_us();
+    sched_yield();
+    if (monotonic_us() - start > SLOW_US) c->no_yields = PAUSE;
+    return c->no_yields == 0;
+}
 
-static bool aof_commit(uint64_t upto);
+static bool aof_commit(struct conn *c);
 
 /* Replaces all replies by MISCONF, in the form of the last request. */
 static void replace_replies(struct conn *c) {
@@ -1647,12 +1873,13 @@ static void replace_replies(struct conn *c) {
     for (size_t i = 0; i < c->replies; i++) fail(c, MISCONF ", the outcome is unknown");
 }
 
-/* Sends all replies, once what they reveal is safe in the append-only file. If the file
-   cannot be written and one of the requests writes, none of these replies may go out: all
-   become MISCONF. Blocks until the client has taken them, up to --timeout. Sets closing
-   on failure. */
+/* Sends all replies, once the records that they reveal are safe. Where the file cannot be
+   written there are two cases. If one of the requests writes, all replies become MISCONF.
+   If all only read, they are sent as they are, although they may reveal a change that a
+   crash now would undo: a full disk is no reason to stop reading. Blocks until the client
+   has taken the replies, up to --timeout. Sets closing on failure. */
 static void send_replies(struct conn *c) {
-    if (!aof_commit(c->seen) && c->writes) replace_replies(c);
+    if (!aof_commit(c) && c->writes) replace_replies(c);
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
     size_t sent = 0, len = c->out.failed ? 0 : c->out.len;
     while (sent < len) {
@@ -1660,17 +1887,17 @@ static void send_replies(struct conn *c) {
         if (n >= 0) {
             sent += (size_t)n;
         } else if (errno != EINTR) {
+            /* EAGAIN: the time is over that set_timeouts allows. */
             c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
             break;
         }
     }
-    c->out.len = c->replies = c->logged = 0;
+    c->out.len = c->replies = c->recorded = 0;
     c->writes = false;
     c->seen = 0;
 }
 
-/* Makes room and reads once, behind what there is. Returns what recv does, but is not
-   interrupted. */
+/* Reads once and appends to c->in. Returns recv's result; a signal does not interrupt. */
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
     char *to = buf_reserve(in, 2 * SMALL_BUF);
@@ -1683,43 +1910,35 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Looks for input without blocking, and lets other threads run before each look. To be
-   woken costs more than some looks, so a client that soon asks again is answered sooner.
-   That is wrong where other programs want the processor: a yield then gives them a time
-   slice of some ms. So after a yield of SLOW_US, which is more than kv's own threads mostly
-   need and less than a slice, this thread blocks at once in its next PAUSE reads. With more
-   than FEW_CLIENTS it always does, for there is mostly another one to serve. Returns as
-   recv does; -1 and EAGAIN: there is no input, or it has not looked. */
+/* Looks for input up to LOOKS times without blocking, and yields before each look.
+   Waking a thread that blocks costs more than some looks, so a client that soon asks
+   again gets its reply sooner. With more than FEW_CLIENTS it does not look, for then
+   there is mostly another client to serve. Returns what recv does, or -1 and EAGAIN
+   for no input. */
 static ssize_t look_for_input(struct conn *c) {
-    enum { FEW_CLIENTS = 256, LOOKS = 20, SLOW_US = 2500, PAUSE = 200 };
+    enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
     errno = EAGAIN;
-    if (c->blocking_reads > 0) c->blocking_reads--;
-    else if (clients <= FEW_CLIENTS) {
-        for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
-            int64_t start = monotonic_us();
-            sched_yield();
-            bool is_slow = monotonic_us() - start > SLOW_US;
-            n = receive(c, MSG_DONTWAIT);
-            if (!is_slow) continue;
-            c->blocking_reads = PAUSE;
-            break;
-        }
+    if (clients > FEW_CLIENTS) return n;
+    for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
+        if (!yield(c)) break;
+        n = receive(c, MSG_DONTWAIT);
     }
     return n;
 }
 
-/* The client has sent all that it will. If the server has not shut the connection down
-   itself, tells it about a line that has no end. */
+/* There is no more input. If the client has ended it, and not the server because it
+   stops, this tells the client about a line that has no end. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
-    bool is_half_line = c->in.len > 0 && !c->resp;
-    if (is_half_line && stopping == SERVING)
-        fail_line(c, "the last line has no newline: it may be cut short and is not run");
+    bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
+    if (!is_half_line || stopping != SERVING) return;
+    c->resp = c->crlf = false;
+    fail_line(c, "ERR the last line has no newline: it may be cut short and is not run");
 }
 
-/* Waits for input, up to --timeout, and reads it behind what there is of a request. Says
-   in closing why no more will come. */
+/* Waits for input, up to --timeout, and appends it to what there is of a request. If
+   there will be no more, says in closing why. */
 static void read_more(struct conn *c) {
     struct buf *in = &c->in;
     in->len -= c->pos;
@@ -1733,42 +1952,52 @@ static void read_more(struct conn *c) {
     }
     if (n > 0) in->len += (size_t)n;
     else if (n == 0) end_input(c);
-    else c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
+    else
+        c->closing = errno == EAGAIN ? "timeout" : strerror(errno); /* see send_replies */
     /* Full: more is waiting, so take more at a time. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
-/* Runs all requests that have arrived in full. Sends replies now and then. */
+/* Runs all requests that have arrived in full. Sends replies in between when IO_CHUNK
+   bytes have gathered, in out and for the append-only file together: so both are
+   bounded. */
 static void run_requests(struct conn *c, const char *client) {
     while (stopping != GIVING_UP && next_request(c)) {
-        int64_t start = is_logged(COMMAND) ? monotonic_us() : 0;
-        run_request(c);
-        if (is_logged(COMMAND)) log_request(c, client, monotonic_us() - start);
-        c->replies++;
-        if (c->out.len + c->logged >= IO_CHUNK) send_replies(c);
+        if (c->argc > 0) {
+            int64_t start = is_logged(COMMAND) ? monotonic_us() : 0;
+            run_request(c);
+            if (is_logged(COMMAND)) log_request(c, client, monotonic_us() - start);
+            c->replies++;
+            counters[c->fd % 64].commands++;
+        }
+        if (c->out.len + c->recorded >= IO_CHUNK) send_replies(c);
     }
 }
 
-/* Closes fd so that the client gets the last replies. Input that is still unread at close
-   makes TCP drop them. So this says that no more will come, and then reads until the
-   client closes, too, has been silent for ms, or has gone on sending for ms. */
+/* Closes fd so that the client gets the last replies. Input that is still unread at
+   close makes TCP drop them. So this ends only our side first, and reads until the
+   client closes its side, has been silent for ms, or has gone on sending for ms. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
     int64_t end = monotonic_us() + 1000 * (int64_t)ms;
     bool open = shutdown(fd, SHUT_WR) == 0;
-    while (open && poll(&input, 1, ms) > 0)
-        open = recv(fd, unread, sizeof unread, 0) > 0 && monotonic_us() < end;
+    do {
+        int ready = poll(&input, 1, ms);
+        if (ready == 0) break;
+        if (ready > 0) open = recv(fd, unread, sizeof unread, MSG_DONTWAIT) > 0;
+    } while (open && monotonic_us() < end);
     close(fd);
 }
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
-    struct conn c = {.fd = (int)(intptr_t)arg};
+    struct conn c = {.fd = (int)(intptr_t)arg, .id = ++connections};
     struct text client = {""};
     if (is_logged(CLIENT)) client = address_of(c.fd, getpeername);
     say(CLIENT, "%s connected", client.text);
-    c.max_bytes = OPEN_MAX_BYTES;
+    c.max_bytes =
+        (size_t)(opt.max_request < OPEN_MAX_BYTES ? opt.max_request : OPEN_MAX_BYTES);
     c.max_words = OPEN_MAX_WORDS;
     if (password[0] == 0) log_in(&c);
     while (!c.closing && stopping != GIVING_UP) {
@@ -1797,12 +2026,12 @@ static void *conn_main(void *arg) {
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
-    pthread_mutex_t lock; /* guards the next two */
-    struct buf gathered;  /* records, and room for the checksum line behind them */
-    uint64_t end;         /* the last record */
+    pthread_mutex_t lock;     /* guards the next two; end is read without it, too */
+    struct buf gathered;      /* records, and room for the checksum line behind them */
+    atomic_uint_fast64_t end; /* the last record */
 
     pthread_mutex_t writer; /* guards the next three, and writing */
-    struct buf batch;       /* what is on its way to the file; empty: nothing */
+    struct buf batch;       /* on its way to the file; empty, unless a write has failed */
     size_t written;         /* so many of its bytes are there */
     uint64_t batch_end;     /* its last record */
 
@@ -1823,13 +2052,9 @@ static void format_sum_line(char *to, struct slice bytes) {
     snprintf(to, SUM_LINE + 1, "#SUM:%016" PRIx64 "\r\n", siphash(checksum_key, bytes));
 }
 
-/* Appends a record of n words, and sets *end to its number. Called with the lock of the
-   shard that it is about, or all. Returns false when memory is out: nothing is appended
-   then. Without --aof does nothing. */
-static bool aof_append(const struct slice *words, size_t n, uint64_t *end) {
-    struct buf *b = &aof.gathered;
-    if (aof.fd < 0) return true;
-    pthread_mutex_lock(&aof.lock);
+/* Adds a record of n words to b, and makes room for a checksum line, so that this line
+   cannot fail later. Returns false when memory is out: b is as it was. */
+static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     size_t old_len = b->len;
     buf_add_header(b, '*', n);
     for (size_t i = 0; i < n; i++) {
@@ -1837,9 +2062,25 @@ static bool aof_append(const struct slice *words, size_t n, uint64_t *end) {
         buf_add(b, words[i].p, words[i].len);
         buf_add_text(b, "\r\n");
     }
-    bool ok = buf_reserve(b, SUM_LINE + 1); /* now, so that it cannot fail later */
-    if (ok) *end = ++aof.end;
-    else *b = (struct buf){b->p, old_len, b->cap, false};
+    if (buf_reserve(b, SUM_LINE + 1)) return true;
+    *b = (struct buf){b->p, old_len, b->cap, false};
+    return false;
+}
+
+/* Ends the batch in b with its checksum line. */
+static void end_batch(struct buf *b) {
+    struct slice records = {b->p, b->len};
+    format_sum_line(b->p + b->len, records);
+    b->len += SUM_LINE;
+}
+
+/* Called with the lock of the shard that the record is about, or all. If memory is out,
+   nothing is appended. */
+static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
+    if (aof.fd < 0) return true;
+    pthread_mutex_lock(&aof.lock);
+    bool ok = add_record(&aof.gathered, words, n);
+    if (ok) *number = ++aof.end;
     pthread_mutex_unlock(&aof.lock);
     return ok;
 }
@@ -1859,8 +2100,8 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* Makes what has gathered the next batch, by a swap of two buffers. aof_append has made
-   room for the checksum line. Called with the writer's lock. */
+/* The gathered records become the next batch, by a swap of two buffers. add_record
+   has made room for the checksum line. Called with the writer's lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
     pthread_mutex_lock(&aof.lock);
@@ -1869,12 +2110,10 @@ static void take_batch(void) {
     aof.gathered = empty;
     pthread_mutex_unlock(&aof.lock);
     aof.written = 0;
-    if (b->len == 0) return;
-    format_sum_line(b->p + b->len, (struct slice){b->p, b->len});
-    b->len += SUM_LINE;
+    if (b->len > 0) end_batch(b);
 }
 
-/* Writes the rest of the last batch, if that could not be written, else the next batch.
+/* Finishes the last batch, if it could not be written in full, else writes the next one.
    With --fsync always waits for the disk. Called with the writer's lock. Returns false
    when writing fails; the next call goes on where it stopped. A failed fsync ends the
    program, for then nothing is known about the file. */
@@ -1900,27 +2139,36 @@ static bool write_batch(void) {
     return true;
 }
 
-/* Waits until the record upto is safe: written, and with --fsync always on the disk.
-   Group commit: the first thread
-   that comes writes for all that have come. Those that come meanwhile wait for the lock;
-   the first of them writes for all of them, and the others find it done. It may take two
-   batches, where the first was left over from a failure. Returns false when writing
-   fails. */
-static bool aof_commit(uint64_t upto) {
-    if (aof.safe >= upto) return true;
-    if (aof.broken) return false;
-    pthread_mutex_lock(&aof.writer);
-    while (aof.safe < upto && !aof.broken) write_batch();
-    pthread_mutex_unlock(&aof.writer);
-    return aof.safe >= upto;
+/* An fsync takes long, and many records can share one. So other threads may run as
+   long as they append more. That ends, for each of them soon has to commit, too. */
+static void let_others_append(struct conn *c) {
+    uint64_t end = 0;
+    while (aof.end > end) {
+        end = aof.end;
+        if (!yield(c)) return;
+    }
 }
 
-/* Writes all there is, also after a failure. Returns false if it fails again. */
+/* Waits until the records that c has seen are safe. Group commit: the first thread that
+   comes writes for all that have come. Those that come meanwhile wait for the lock; the
+   first of them writes for all of them, and the others find it done. Returns false when
+   writing fails. */
+static bool aof_commit(struct conn *c) {
+    if (aof.safe >= c->seen) return true;
+    if (aof.broken) return false;
+    if (fsync_policy == FSYNC_ALWAYS) let_others_append(c);
+    pthread_mutex_lock(&aof.writer);
+    /* No failure has left a batch over, so the next one takes all there is. */
+    if (aof.safe < c->seen && !aof.broken) write_batch();
+    pthread_mutex_unlock(&aof.writer);
+    return aof.safe >= c->seen;
+}
+
+/* Writes all there is, also after a failure: first the rest of the batch that failed.
+   Returns false if it fails again. */
 static bool aof_write_all(void) {
     bool ok = true;
-    pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    pthread_mutex_unlock(&aof.lock);
     pthread_mutex_lock(&aof.writer);
     while (ok && aof.safe < end) ok = write_batch();
     pthread_mutex_unlock(&aof.writer);
@@ -1938,7 +2186,7 @@ static void aof_tick(void) {
     synced = safe;
 }
 
-/* --- At the start: replay ------------------------------------------------------------ */
+/* --- At the start: replay ----------------------------------------------------------- */
 
 /* Whether a checksum line begins at p. */
 static bool is_sum_line(const char *p, const char *end) {
@@ -1948,13 +2196,14 @@ static bool is_sum_line(const char *p, const char *end) {
     return memcmp(p + 21, "\r\n", 2) == 0;
 }
 
-/* The batch at start is not whole, or its checksum is wrong. Two things can have happened:
+/* The batch at start is not whole, or its checksum is wrong. Two things can have
+   happened:
 
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if no checksum line begins anywhere from start on. A value that looks like
-   one makes a torn file pass for damaged: a person decides then. */
+   It is torn if nothing from start on looks like a checksum line. A value that looks
+   like one makes a torn file pass for damaged: a person decides then. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -1962,8 +2211,9 @@ static bool is_torn(struct slice file, size_t start) {
     return true;
 }
 
-/* Returns where the checksum line is that ends the batch at start, if that is right; else
-   NULL. */
+/* Returns the checksum line that ends the batch at start. Returns NULL if it is not
+   right, or if there is none. c->in may be a map of the file, for take_array does not
+   change it. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -1977,11 +2227,13 @@ static const char *check_batch(struct conn *c, size_t start) {
     return at < end && memcmp(at, right, SUM_LINE) == 0 ? at : NULL;
 }
 
-/* Runs the record at c->pos. What cannot be run ends the program, and so does a signal. */
+/* Runs the record at c->pos. What cannot be run ends the program, and so does a
+   signal. */
 static void replay_record(struct conn *c) {
     size_t at = c->pos;
     c->argc = c->out.len = 0;
     bool ok = take_array(c) == COMPLETE && c->argc > 0 && run_request(c);
+    aof.end++;
     if (!ok || c->out.failed) {
         struct slice reply = {c->out.p, c->out.len};
         die(1, "%s: at byte %zu: %s", opt.aof, at,
@@ -1992,8 +2244,10 @@ static void replay_record(struct conn *c) {
     exit(0);
 }
 
-/* Runs the file, which is in memory, batch by batch, each after its checksum was found to
-   be right. Returns how many bytes are good: the rest is torn. Damage ends the program. */
+/* Runs the file, which is mapped into memory, batch by batch, each after its checksum was
+   found to be right. c is a connection without a client. aof.fd is still -1, so that its
+   commands append nothing. Returns how many bytes are good: the rest is torn. Damage ends
+   the program. */
 static size_t replay(struct slice file) {
     struct conn c = {.resp = true, .authed = true};
     c.in = (struct buf){file.p, file.len, file.len, false};
@@ -2022,7 +2276,8 @@ static size_t replay(struct slice file) {
     return good;
 }
 
-/* Replays the file that is open as fd, and returns how many of its size bytes are good. */
+/* Replays the file that is open as fd, and returns how many of its size bytes are
+   good. */
 static size_t replay_file(int fd, size_t size, const char *header) {
     /* One byte more, for mmap refuses 0. */
     char *p = mmap(NULL, size + 1, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -2037,24 +2292,127 @@ static size_t replay_file(int fd, size_t size, const char *header) {
     return good;
 }
 
-/* Flushes the file's name to the disk, too. Some file systems cannot: EINVAL. */
-static void sync_directory(void) {
-    char *path = strdup(opt.aof);
-    int fd = path ? open(dirname(path), O_RDONLY) : -1;
-    if (fd < 0 || (!sync_file(fd) && errno != EINVAL))
+/* Flushes the name of the file at path to the disk, too. Some file systems cannot
+   (EINVAL), and some directories may not be opened. */
+static void sync_directory(char *path) {
+    int fd = open(dirname(path), O_RDONLY);
+    if (fd >= 0 && !sync_file(fd) && errno != EINVAL)
         die_of_aof("fsync of its directory");
-    close(fd);
-    free(path);
+    if (fd >= 0) close(fd);
 }
 
-/* Opens, locks and replays the file. It may be a new one. */
-static void aof_open(void) {
+/* --- At the start: compaction ------------------------------------------------------- */
+
+/* Ends and writes the batch in b, and empties b. */
+static bool write_batch_to(int fd, struct buf *b) {
+    size_t written = 0;
+    end_batch(b);
+    while (written < b->len) {
+        ssize_t n = write(fd, b->p + written, b->len - written);
+        if (n < 0 && errno != EINTR) return false;
+        if (n > 0) written += (size_t)n;
+    }
+    b->len = 0;
+    return true;
+}
+
+/* Adds the record that makes the entry. */
+static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
+    char ms[24];
+    int64_t deadline = deadline_of(t, e);
+    struct slice key = {e->data, e->key_len};
+    snprintf(ms, sizeof ms, "%" PRId64, deadline);
+    struct slice record[] = {
+        str("SET"), key, entry_value(e), str("PXAT"), str(ms),
+    };
+    return add_record(b, record, deadline == NEVER ? 3 : 5);
+}
+
+/* Writes a file that makes all that is in the tables: an empty batch as the header,
+   then FLUSHALL, so that a program that follows the file by its name begins anew,
+   then a SET for each key, in batches. No other thread runs yet. Returns false on
+   failure, and when a signal asks for the end. */
+static bool write_tables(int fd) {
+    struct slice flush[] = {str("FLUSHALL")};
+    struct buf b = {0};
+    bool ok = buf_reserve(&b, SUM_LINE + 1) && write_batch_to(fd, &b);
+    ok = ok && add_record(&b, flush, 1);
+    for (long i = 0; i < opt.shards; i++) {
+        const struct table *t = &shards[i].table;
+        for (size_t bucket = 0; bucket < t->size; bucket++) {
+            for (struct entry *e = t->buckets[bucket]; e && ok; e = e->next)
+                ok = add_entry(&b, t, e);
+            if (b.len < IO_CHUNK) continue;
+            ok = ok && stopping == SERVING && write_batch_to(fd, &b);
+        }
+    }
+    ok = ok && write_batch_to(fd, &b) && sync_file(fd);
+    free(b.p);
+    return ok;
+}
+
+static bool lock_file(int fd) {
     struct flock whole_file = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    char header[SUM_LINE + 1];
-    format_sum_line(header, str(""));
+    return fcntl(fd, F_SETLK, &whole_file) == 0;
+}
+
+/* Writes a shorter file that is to replace the one at path, open as old. Returns its
+   descriptor, or -1. */
+static int write_compact(const char *name, const char *path, int old) {
+    struct stat st;
+    unlink(name); /* a leftover of a crash; mostly there is none */
+    int fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_APPEND, 0600);
+    if (fd < 0) return -1;
+    bool keeps_mode = fstat(old, &st) == 0 && fchmod(fd, st.st_mode & 07777) == 0;
+    if (keeps_mode && write_tables(fd) && lock_file(fd) && rename(name, path) == 0)
+        return fd;
+    unlink(name);
+    close(fd);
+    return -1;
+}
+
+/* Compacts the file at path, open as fd, if it holds more than twice the records that
+   its keys need. path is free of symbolic links, so those that lead there stay.
+   Returns the descriptor of the file that serves: the old one if it cannot be
+   replaced, for that is no reason not to start. A crash leaves the old file or the
+   new one, whole. */
+static int compact(const char *path, int fd) {
+    char name[PATH_MAX + 16];
+    struct stat st;
+    uint64_t keys = 0;
+    for (long i = 0; i < opt.shards; i++) keys += shards[i].table.count;
+    if (aof.end <= 2 * keys + 1) return fd; /* 1: FLUSHALL */
+    /* A file of several names is left alone: a rename would change only one. */
+    if (fstat(fd, &st) < 0 || st.st_nlink != 1) return fd;
+    snprintf(name, sizeof name, "%s.compact", path);
+    int compacted = write_compact(name, path, fd);
+    if (compacted < 0) {
+        say(WARN, "%s is not compacted: %s", opt.aof, strerror(errno));
+        return fd;
+    }
+    close(fd);
+    return compacted;
+}
+
+/* Opens and locks the file. Sets path to its name free of symbolic links, which has room
+   for PATH_MAX bytes. Returns its descriptor. */
+static int open_and_lock(char *path) {
+    struct stat opened, named;
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
-    if (fd < 0) die_of_aof("open");
-    if (fcntl(fd, F_SETLK, &whole_file) < 0) die_of_aof("in use by another kv");
+    if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
+    if (!lock_file(fd)) die_of_aof("in use by another kv");
+    /* Another kv may have put a compacted file in its place between open and lock. */
+    bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
+    if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
+        die(1, "%s: in use by another kv", opt.aof);
+    return fd;
+}
+
+/* Opens, locks, replays and compacts the file. It may be a new one. */
+static void aof_open(void) {
+    char header[SUM_LINE + 1], path[PATH_MAX];
+    format_sum_line(header, str(""));
+    int fd = open_and_lock(path);
     off_t size = lseek(fd, 0, SEEK_END);
     if (size < 0) die_of_aof("read");
     if ((uintmax_t)size >= SIZE_MAX) die(1, "%s is too large for this machine", opt.aof);
@@ -2065,24 +2423,30 @@ static void aof_open(void) {
     if (ftruncate(fd, good) < 0) die_of_aof("truncate");
     if (good == 0 && write(fd, header, SUM_LINE) != SUM_LINE) die_of_aof("write");
     if (!sync_file(fd)) die_of_aof("fsync");
-    sync_directory();
-    aof.fd = fd;
+    aof.safe = aof.end;
+    aof.fd = compact(path, fd);
+    sync_directory(path);
 }
 
-/* Writes and syncs what is left. Returns whether all is safe, in a file that has a name. */
+/* The size of the file in bytes, for INFO. */
+static int64_t aof_size(void) {
+    struct stat st;
+    return aof.fd >= 0 && fstat(aof.fd, &st) == 0 ? st.st_size : 0;
+}
+
+/* Writes and syncs what is left. Returns whether all is safe, in a file that nobody has
+   deleted. */
 static bool aof_close(void) {
     struct stat st;
     bool ok = aof_write_all();
     if (!sync_file(aof.fd) || fstat(aof.fd, &st) < 0) die_of_aof("fsync");
     if (st.st_nlink == 0) say(ERROR, "%s was deleted while kv ran", opt.aof);
-    free(aof.gathered.p);
-    free(aof.batch.p);
     return ok && st.st_nlink > 0;
 }
 
 /* === 11 The server ================================================================= */
 
-/* Options of a socket may fail, and do where the client is gone already. A connection
+/* Setting an option may fail, for example where the client is gone already. A connection
    works without, only less well. */
 static void set_option_of(int fd, int level, int name, int value) {
     (void)setsockopt(fd, level, name, &value, sizeof value);
@@ -2120,7 +2484,7 @@ static void refuse_client(int fd, const char *why) {
 }
 
 /* Accepts a client and starts its thread. Where the system has no descriptor or no memory
-   the client waits. This waits 10 ms then, for poll would return at once. */
+   the client waits, and this function sleeps 10 ms, for poll would return at once. */
 static void accept_client(int listener, const pthread_attr_t *attributes) {
     static atomic_llong logged;
     pthread_t id;
@@ -2131,7 +2495,10 @@ static void accept_client(int listener, const pthread_attr_t *attributes) {
         sleep_ms(10);
         return;
     }
-    if (clients >= opt.max_clients) {
+    if (clients >= opt.max_clients) sleep_ms(1); /* one that is leaving makes room */
+    bool is_full = clients >= opt.max_clients;
+    bool many_linger = threads >= opt.max_clients + 24; /* and hold descriptors */
+    if (is_full || many_linger) {
         refuse_client(fd, "too many clients");
         return;
     }
@@ -2162,9 +2529,10 @@ static int listen_on(void) {
     set_option_of(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     bool bound =
         fcntl(fd, F_SETFL, O_NONBLOCK) == 0 && bind(fd, a->ai_addr, a->ai_addrlen) == 0;
+    int bind_error = errno;
     freeaddrinfo(all);
-    const char *hint = errno == EADDRINUSE ? "; -p 0 takes any free port" : "";
-    if (!bound) die(1, "%s port %s: %s%s", opt.bind, port, strerror(errno), hint);
+    const char *hint = bind_error == EADDRINUSE ? "; -p 0 takes any free port" : "";
+    if (!bound) die(1, "%s port %s: %s%s", opt.bind, port, strerror(bind_error), hint);
     struct text here = address_of(fd, getsockname);
     bool local =
         strncmp(here.text, "127.", 4) == 0 || strncmp(here.text, "[::1]", 5) == 0;
@@ -2208,12 +2576,14 @@ static void on_signal(int number) {
 static void catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal}, hangup;
     signal(SIGPIPE, SIG_IGN); /* so that send fails instead */
-    signal(SIGXFSZ, SIG_IGN); /* so that write does */
+    signal(SIGXFSZ, SIG_IGN); /* so that write fails instead */
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGHUP, NULL, &hangup);
     if (hangup.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL); /* else: nohup */
 }
+
+static int max_descriptors; /* each is below this number */
 
 /* Allows as many descriptors as --max-clients needs. With fewer some clients wait until
    others leave. */
@@ -2222,6 +2592,7 @@ static void reserve_descriptors(void) {
     getrlimit(RLIMIT_NOFILE, &limit);
     rlim_t want = (rlim_t)opt.max_clients + 32; /* the log, the file, who lingers, ... */
     limit.rlim_cur = limit.rlim_max < want ? limit.rlim_max : want;
+    max_descriptors = (int)limit.rlim_cur;
     if (setrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur < want)
         say(WARN, "only %ju descriptors for --max-clients", (uintmax_t)limit.rlim_cur);
 }
@@ -2241,8 +2612,8 @@ static void draw_table_key(void) {
     close(fd);
 }
 
-/* Sets up attributes for the threads of connections. Nobody waits for their end. A stack
-   is small: 64 KiB, or as much as the system asks for. */
+/* Sets up attributes for the threads of connections. They are detached: nobody joins
+   them. A stack is small: 64 KiB, or as much as the system asks for. */
 static void prepare_threads(pthread_attr_t *attributes) {
     long stack = sysconf(_SC_THREAD_STACK_MIN);
     if (stack < 65536) stack = 65536;
@@ -2252,11 +2623,11 @@ static void prepare_threads(pthread_attr_t *attributes) {
         die(1, "cannot set up threads");
 }
 
-/* Shuts all connections down, in one direction or in both. It tries all descriptors that
-   there can be, so kv needs no list of its connections; for others this does nothing. */
+/* Shuts all connections down, in one direction or in both. It tries all descriptors
+   that there can be, so kv needs no list of its connections; where one is no socket,
+   shutdown just fails. */
 static void shut_down_all(int how) {
-    int most = (int)sysconf(_SC_OPEN_MAX);
-    for (int fd = 3; fd < most; fd++) (void)shutdown(fd, how);
+    for (int fd = 3; fd < max_descriptors; fd++) (void)shutdown(fd, how);
 }
 
 static void wait_for_threads(int64_t ms) {
@@ -2264,7 +2635,7 @@ static void wait_for_threads(int64_t ms) {
     while (threads > 0 && monotonic_us() < end) sleep_ms(10);
 }
 
-/* Has the threads of all connections end. After SHUT_RD a thread still reads what has
+/* Makes the threads of all connections end. After SHUT_RD a thread still reads what has
    arrived (on Linux), answers it, and then sees the end of the input. A client that goes
    on sending is served for 2 s. Then nothing more is run, and replies to what was run get
    half a second. */
@@ -2277,7 +2648,8 @@ static void stop_connections(void) {
     wait_for_threads(1000);
 }
 
-/* Accepts clients until a signal asks for the end, then those that had connected before. */
+/* Accepts clients until a signal asks for the end, and then, for half a second at most,
+   those that had connected before. */
 static void accept_clients(int listener) {
     pthread_attr_t attributes;
     struct pollfd input = {.fd = listener, .events = POLLIN};
@@ -2294,6 +2666,7 @@ static void accept_clients(int listener) {
 
 int main(int argc, char **argv) {
     pthread_t expiry;
+    started_us = monotonic_us();
     parse_options(argc, argv);
     if (opt.help || opt.version) {
         print_help();
@@ -2308,7 +2681,7 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    mallopt(M_ARENA_MAX, 2); /* or memory that one thread frees is of no use to others */
+    mallopt(M_ARENA_MAX, 2); /* so that others can use what a thread frees */
 #endif
     if (opt.aof) aof_open();
     int listener = listen_on();
@@ -2320,8 +2693,10 @@ int main(int argc, char **argv) {
     stop_connections();
     pthread_join(expiry, NULL);
     bool ok = !opt.aof || aof_close();
-    if (threads > 0) return ok ? 0 : 1; /* they may still use the tables */
-    for (long i = 0; i < opt.shards; i++) table_clear(&shards[i].table);
+    if (threads > 0) return ok ? 0 : 1; /* they may still use what is freed now */
+    for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
+    free(aof.gathered.p);
+    free(aof.batch.p);
     say(INFO, "stopped");
     return ok ? 0 : 1;
 }

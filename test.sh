@@ -274,9 +274,9 @@ quickly() { trap - DEBUG && "$@"; }
 @test "--help and -h print every option within 80 columns, and end with status 0" {
     "$KV" --help >"$tmp/help" 2>"$tmp/err"
     "$KV" -h | cmp - "$tmp/help"
-    for name in port bind max-clients timeout max-value shards password-file insecure verbose \
-        quiet help version; do grep -q -- "--$name" "$tmp/help"; done
-    for letter in p b c t s P v q h V; do grep -Eq -- "(^| |-)${letter}[, ]" "$tmp/help"; done
+    for name in port bind max-clients timeout max-request shards aof fsync password-file insecure \
+        verbose quiet help version; do grep -q -- "--$name" "$tmp/help"; done
+    for letter in p b c t s a P v q h V; do grep -Eq -- "(^| |-)${letter}[, ]" "$tmp/help"; done
     not grep -E '.{81}' "$tmp/help"
     [[ ! -s $tmp/err ]]
 }
@@ -294,10 +294,9 @@ quickly() { trap - DEBUG && "$@"; }
     is_like '.+' <"$tmp/err"
 }
 
-@test "an option takes its value as -c 11, -c11, --max-clients 11 and --max-clients=11" {
-    for form in '-b 127.0.0.1 -c 11 -t 9 -s 8 -p 0' '-b127.0.0.1 -c11 -t9 -s8 -p0' \
-        '--bind 127.0.0.1 --max-clients 11 --timeout 9 --shards 8 --max-value 99' \
-        '--bind=127.0.0.1 --max-clients=11 --timeout=9 --shards=8 --port=0'; do
+@test "an option takes its value as a word of its own: -c 11 and --max-clients 11" {
+    for form in '-b 127.0.0.1 -c 11 -t 9 -s 8 -p 0' \
+        '--bind 127.0.0.1 --max-clients 11 --timeout 9 --shards 8 --max-request 9999 --port 0'; do
         read -r -a options <<<"$form"
         start_kv "${options[@]}"
         for i in {1..11}; do connect && answers "$c" PING PONG; done
@@ -309,40 +308,43 @@ quickly() { trap - DEBUG && "$@"; }
     done
 }
 
-@test "switches may be run together, also with an option that takes a value" {
-    start_kv -vvc1
-    connect
-    answers "$c" PING PONG
-    ask PING | is_like $'-ERR max number of clients.*'
+@test "-vv is -v twice; no other letters and no value run together with an option" {
+    start_kv -vv
+    ask PING | is PONG
     wait_until grep PING "$log"
+    for word in -p0 -c11 -s8 -qv -vq -vc -vvc1 -hV --port=0 --max-clients=11 --bind=127.0.0.1 \
+        --verbose=1 --help=; do
+        refuses 2 "$word.*kv --help" -p 0 "$word"
+        refuses 2 "$word.*kv --help" "$word"
+    done
 }
 
 @test "an unknown option, or something that is none, ends with status 2 and points at --help" {
-    refuses 2 '--help' -x
-    refuses 2 '--help' --nosuch
-    refuses 2 '--nosuch.*--help' --nosuch=1
-    refuses 2 '--help' --por 0
-    refuses 2 'extra.*--help' -p 0 extra
-    refuses 2 '--help' -
+    refuses 2 '-x.*kv --help' -x
+    refuses 2 '--nosuch.*kv --help' --nosuch
+    refuses 2 '--por.*kv --help' --por 0
+    refuses 2 '--max-value.*kv --help' -p 0 --max-value 1000000
+    refuses 2 'extra.*kv --help' -p 0 extra
+    for none in - -- '' ' ' '  ' 'p 0'; do refuses 2 'kv --help' -p 0 "$none"; done
 }
 
-@test "an option without its value, or a switch with one, ends with status 2" {
-    refuses 2 '--port .*value' --port
-    refuses 2 '-p.*(value|--help)' -p
-    refuses 2 '--shards .*value' -p 0 --shards
-    refuses 2 '--verbose.*value' --verbose=1
-    refuses 2 '--help.*value' --help=
+@test "an option without its value ends with status 2 and says that it needs one" {
+    refuses 2 '--port needs a value' --port
+    refuses 2 '(-p|--port) needs a value' -p
+    refuses 2 '--shards needs a value' -p 0 --shards
+    refuses 2 '--max-request needs a value' -v --max-request
 }
 
 @test "a number that is none or out of range ends with status 2 and the range" {
     for wrong in '' x 1x 1.5 0x10 -1 +1 ' 1' 65536 99999999999999999999; do
-        refuses 2 'port.* 0 .*65535' --port "$wrong"
-        refuses 2 'port.* 0 .*65535' "--port=$wrong"
+        refuses 2 '--port .*is not 0 to 65535' --port "$wrong"
         refuses 2 'port.* 0 .*65535' -p "$wrong"
     done
     refuses 2 'max-clients.* 1 ' -c 0
     refuses 2 'timeout.* 0 ' -t -1
-    refuses 2 'max-value.* 1 ' --max-value 0
+    for wrong in 0 1023 536870913 -1; do
+        refuses 2 'max-request.* 1024 to 536870912' --max-request "$wrong"
+    done
 }
 
 @test "the number of shards must be a power of two from 1 to 4096" {
@@ -376,6 +378,40 @@ quickly() { trap - DEBUG && "$@"; }
     printf 'PING\n' | timeout 20 nc -N localhost "$port" | is PONG
 }
 
+@test "a host name means its first address, IPv4 before IPv6; where that is taken no other is tried" {
+    # The name has both addresses here, whatever this machine says.
+    preload '#define _GNU_SOURCE
+        #include <dlfcn.h>
+        #include <netdb.h>
+        #include <stddef.h>
+        int getaddrinfo(const char *name, const char *port, const struct addrinfo *hints,
+                        struct addrinfo **all) {
+            int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+            int family = hints ? hints->ai_family : AF_UNSPEC;
+            (void)name;
+            *(void **)&real = dlsym(RTLD_NEXT, "getaddrinfo");
+            if (family == AF_INET) return real("127.0.0.1", port, hints, all);
+            int error = real("::1", port, hints, all);
+            if (error || family == AF_INET6) return error;
+            struct addrinfo **last = all;
+            while (*last) last = &(*last)->ai_next;
+            return real("127.0.0.1", port, hints, last);
+        }'
+    start_kv -b localhost
+    grep -Ex "${log_lines}listening on 127\.0\.0\.1:$port" "$log"
+    LD_PRELOAD=$tmp/preload.so \
+        refuses 1 "$port: Address already in use.*-p 0" -b localhost -p "$port"
+    ask PING | is PONG
+}
+
+# The server that starts next finds this C code before libc, as if on another system.
+preload() { # CODE
+    printf '%s\n' "$1" >"$tmp/preload.c"
+    cc -Wall -Werror -shared -fPIC -o "$tmp/preload.so" "$tmp/preload.c" -ldl
+    export ASAN_OPTIONS="verify_asan_link_order=0:${ASAN_OPTIONS:-}"
+    leash+=(env "LD_PRELOAD=$tmp/preload.so")
+}
+
 @test "the log's first line says when, how grave, and the address with the real port" {
     before=$(date -u +%FT%T.%3NZ)
     start_kv
@@ -393,15 +429,20 @@ quickly() { trap - DEBUG && "$@"; }
 }
 
 @test "-q logs neither start nor stop nor clients" {
-    start_kv
-    stop_kv
-    : >"$log"
-    "${leash[@]}" "$KV" -q -p "$port" </dev/null 2>>"$log" 3>&- 4>&- &
-    pid=$!
-    wait_until ping
+    start_quiet_kv -s 8
     stop_kv
     ((status == 0))
     is <"$log"
+}
+
+# Like start_kv, with -q, when the log does not tell the port: it is one that was free just now.
+start_quiet_kv() { # OPTION...
+    start_kv
+    stop_kv
+    : >"$log"
+    "${leash[@]}" "$KV" -q -p "$port" "${for_all[@]}" "$@" </dev/null 2>>"$log" 3>&- 4>&- &
+    pid=$!
+    wait_until ping
 }
 
 refused() { ! (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; }
@@ -424,6 +465,20 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
     grep -E 'ECHO a{64}[^a]' "$log"
 }
 
+@test "-vv logs all words of a command that kv does not know, but only its name where there is a password" {
+    start_kv -vv
+    ask 'GETT "a b" c' NOSUCH | is_like '.*GETT.*' '.*NOSUCH.*'
+    wait_until grep -q NOSUCH "$log"
+    grep -E "${log_lines}127\.0\.0\.1:[0-9]+ GETT \"a b\" c( |\$)" "$log"
+    stop_kv
+    start_locked_kv sesame -vv
+    ask 'AUTH sesame' 'GETT secret' 'GETT secret' 'GET a' | tail -n 1 | is '(nil)'
+    ask 'GETT secret' PING | tail -n 1 | is PONG
+    wait_until grep -q PING "$log"
+    (($(grep -Ec "${log_lines}127\.0\.0\.1:[0-9]+ GETT( |\$)" "$log") == 3))
+    not grep secret "$log"
+}
+
 @test "no client can write a line of its own into the log" {
     start_kv -vv
     lie='2026-01-01T00:00:00.000Z INFO lie'
@@ -444,6 +499,56 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
     pattern="${log_lines}127.0.0.1:[0-9]+ SET key-[0-9]+-end x[^-]*"
     (($(grep -Exc "$pattern" "$log") == 4000))
     not grep -Ev "^($pattern|$log_lines.*(listening|connected|closed).*)$" "$log"
+}
+
+@test "what a stranger can cause is logged at most once a second, also with -q" {
+    for start in start_kv start_quiet_kv; do
+        for request in 'Host: x' 'POST / HTTP/1.1' PING; do
+            "$start" -c 10
+            # Who asks for PING is refused, for others are there.
+            wait_until clients_are 0
+            if [[ $request = PING ]]; then for i in {1..10}; do connect && answers "$c" PING PONG; done; fi
+            begin=$(now_ms)
+            (quickly strangers 1000 "$request")
+            most=$((($(now_ms) - begin) / 1000 + 2)) logged=$(grep -c WARN "$log")
+            echo "$start, $request: $logged lines, at most $most are right"
+            ((logged >= 1 && logged <= most))
+            stop_kv
+            for c in "${fds[@]}"; do disconnect "$c"; done
+            fds=()
+        done
+    done
+}
+
+# So many clients, one after the other, send this line; each must get an error.
+strangers() { # COUNT LINE
+    local i fd line
+    for ((i = 0; i < $1; i++)); do
+        exec {fd}<>"/dev/tcp/127.0.0.1/$port"
+        printf '%s\n' "$2" >&"$fd" || true # it may have been refused already
+        IFS= read -r -t 20 -u "$fd" line
+        [[ $line = *ERR* ]] || { echo "client $i got: $line" && return 1; }
+        exec {fd}>&-
+    done
+}
+
+@test "a log that nobody reads makes nobody wait; its lines are dropped, whole" {
+    mkfifo "$tmp/fifo"
+    exec {fifo}<>"$tmp/fifo"
+    "${leash[@]}" "$KV" -vv -p 0 "${for_all[@]}" </dev/null 2>"$tmp/fifo" 3>&- 4>&- &
+    pid=$!
+    read -r -t 20 -u "$fifo" line
+    port=${line##*:}
+    yes 'INCR n' | head -n 2000 >"$tmp/in"
+    (quickly swarm 20 "$tmp/in") # these fill the pipe, all at once
+    ask 'GET n' | is 40000
+    (quickly strangers 50 'Host: x')
+    ask PING | is PONG
+    stop_kv
+    ((status == 0 && took < 5000))
+    dd if="$tmp/fifo" of="$tmp/read" bs=1M iflag=nonblock 2>/dev/null || true # all there is
+    (($(wc -l <"$tmp/read") > 100))
+    not grep -aEv "^$log_lines" "$tmp/read"
 }
 
 # ==========================================================================================
@@ -793,12 +898,28 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
     grep 'TCP_NODELAY, \[1\], 4) = 0' "$tmp/trace"
 }
 
+@test "a client that has vanished is found after 5 minutes" {
+    start_traced_kv setsockopt
+    connect
+    answers "$c" PING PONG
+    end_trace
+    # So long a silence, then so many probes, so far apart. What kv does not set the system has.
+    idle=$(keepalive TCP_KEEPIDLE tcp_keepalive_time) count=$(keepalive TCP_KEEPCNT tcp_keepalive_probes)
+    pause=$(keepalive TCP_KEEPINTVL tcp_keepalive_intvl)
+    echo "$idle s, then $count probes, each followed by $pause s"
+    ((idle + count * pause >= 270 && idle + count * pause <= 330))
+}
+
+keepalive() { # OPTION FILE
+    sed -n "s/.* $1, \[\([0-9]*\)\], 4) = 0\$/\1/p" "$tmp/trace" | grep . || cat "/proc/sys/net/ipv4/$2"
+}
+
 # Like start_kv; what it asks of the kernel is in $tmp/trace after end_trace.
-start_traced_kv() { # SYSCALL
+start_traced_kv() { # SYSCALL OPTION...
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
     leash+=(strace -D -f -e "trace=$1" -o "$tmp/trace")
-    start_kv
+    start_kv "${@:2}"
 }
 
 end_trace() {
@@ -1083,9 +1204,9 @@ end_trace() {
 @test "KEYS sees each key exactly once while the table grows" {
     start_kv -s 1
     rounds=6 && if [[ $sanitized ]]; then rounds=$((part > 1 ? 2 : 4)); fi
-    seq -f "SET more:%.0f:$(x 8000) x" 800 >"$tmp/in"
+    seq -f 'SET more:%.0f x' 15000 >"$tmp/in"
     for ((round = 1; round <= rounds; round++)); do
-        # With long names a walk through the table pauses at any place. An empty table grows anew.
+        # An empty table grows anew.
         { echo FLUSHALL && seq -f 'SET base:%.0f x' 20; } | talk | uniq | is OK
         talk <"$tmp/in" >"$tmp/out" &
         writer=$!
@@ -1119,24 +1240,35 @@ end_trace() {
     takes_less VmRSS $((before + 2000))
 }
 
-@test "FLUSHALL gives memory back" {
-    start_kv
-    ask PING | is PONG
-    before=$(process_kb VmRSS)
-    value=$(x 500)
-    seq -f "SET k%.0f $value" $((100000 / part)) | talk | uniq | is OK
-    [[ $sanitized ]] || (($(process_kb VmRSS) > before + 50000))
-    ask FLUSHALL | is OK
-    patience=5 wait_until takes_less VmRSS $((before + 15000))
+# Twice: a thread may take memory from another arena of malloc than the thread before. But not each
+# time more.
+@test "memory that FLUSHALL frees is used again, of large and of small entries" {
+    for value in "$(x 500)" x; do
+        start_kv
+        for round in 1 2 3 4 5; do
+            seq -f "SET k%.0f $value" $((50000 / part)) | talk | uniq | is OK
+            if ((round == 1)); then before=$(process_kb VmRSS); fi
+            ask FLUSHALL DBSIZE | is OK 0
+        done
+        takes_less VmHWM $((before * 9 / 4))
+        stop_kv
+    done
 }
 
-@test "FLUSHALL gives the memory of small entries back" {
+# Each connection has a thread of its own, and malloc may keep what one has freed for that one.
+@test "clients of a pool that SET and DEL in turn do not make memory grow with their number" {
     start_kv
-    ask PING | is PONG
-    before=$(process_kb VmRSS)
-    seq -f 'SET k%.0f x' 300000 | talk | uniq | is OK
-    ask FLUSHALL | is OK
-    patience=5 wait_until takes_less VmRSS $((before + 5000))
+    n=$((50000 / part))
+    { seq -f "SET k%.0f $(x 300)" "$n" && seq "$n" | shuf | sed 's/^/DEL k/'; } >"$tmp/in"
+    for i in {1..16}; do connect && answers "$c" PING PONG; done
+    first=''
+    for c in "${fds[@]}"; do
+        cat "$tmp/in" >&"$c" &
+        timeout 50 head -n $((2 * n)) <&"$c" | uniq -c | is_like " *$n OK" " *$n 1"
+        first=${first:-$(process_kb VmHWM)}
+    done
+    echo "at most $first KiB with one client, $(process_kb VmHWM) KiB with 16 in turn"
+    takes_less VmHWM $((first * 5 / 2))
 }
 
 # ==========================================================================================
@@ -1193,16 +1325,19 @@ END
     ask 'GET stays' 'TTL stays' | is 1 -1
 }
 
-@test "mass expiry gives memory back, of large and of small entries" {
+@test "memory of what expires is used again, of large and of small entries" {
     start_kv
-    ask PING | is PONG
-    before=$(process_kb VmRSS) moment=$(($(now_ms) + 1500))
-    {
-        seq -f "SET k%.0f $(x 500) PXAT $moment" $((100000 / part))
-        seq -f "SET s%.0f x PXAT $moment" $((200000 / part))
-    } | talk | uniq | is OK
-    wait_until keys_are 0
-    patience=5 wait_until takes_less VmRSS $((before + 15000))
+    for round in 1 2 3 4; do
+        {
+            seq -f "SET k%.0f $(x 500)" $((40000 / part))
+            seq -f 'SET s%.0f x' $((80000 / part))
+        } | talk | uniq | is OK
+        if ((round == 1)); then before=$(process_kb VmRSS); fi
+        { seq -f 'k%.0f' $((40000 / part)) && seq -f 's%.0f' $((80000 / part)); } |
+            sed 's/.*/PEXPIRE & 100/' | talk | uniq | is 1
+        wait_until keys_are 0
+    done
+    takes_less VmHWM $((before * 9 / 4))
 }
 
 @test "a deadline that was taken away, moved or replaced leaves nothing behind" {
@@ -1463,59 +1598,92 @@ all_say() { # WORD: whether each holder has said that
     (($(wc -c <"$tmp/out") == 3 + 524288 * 5 + 3))
 }
 
-@test "a word over --max-value is refused once, and later requests work" {
+@test "a request may have 4259840 bytes as it stands on the wire, and with one more it is too long" {
     start_kv
-    { printf 'SET k ' && x 1048577 && printf '\nEXISTS k\nGET "' && x 1048577 && printf '"\nPING\n'; } |
-        talk | is_like '\(error\) ERR .*too long' 0 '\(error\) ERR .*too long' PONG
-    { printf 'SET k ' && x 1048576 && printf '\nEXISTS k\n'; } | talk | is OK 1
-    stop_kv
-    start_kv --max-value 5000000
-    { printf 'SET k ' && x 5000000 && printf '\nGET k\n'; } | talk | tail -n 1 | cmp - <(x 5000000 && echo)
-    stop_kv
-    start_kv --max-value 10
-    ask 'SET k 01234567890' 'SET k "0123456789\n"' 'SET 01234567890 v' 'SET k "\x001234567\n9"' DBSIZE |
-        is_like '\(error\) ERR .*too long' '\(error\) ERR .*too long' '\(error\) ERR .*too long' OK 1
+    limit=4259840
+    { text_of "$limit" && echo DBSIZE; } | talk | is_like ' *PONG' 0
+    { text_of $((limit + 1)) && echo 'SET a 1'; } | talk | is_like '\(error\) ERR .*--max-request.* too long'
+    { resp_of "$limit" && resp DBSIZE; } | talk | (read -r -N 4259800 line && tail -n 1) | is $':0\r'
+    { resp_of $((limit + 1)) && resp SET a 1; } | talk | is_like $'-ERR .*--max-request.* too long\r'
+    ask DBSIZE | is 0
+    # One mebibyte was the limit of a word once.
+    { printf 'SET k ' && x 4000000 && printf '\nGET k\nDEL k\n'; } | talk |
+        cmp - <(echo OK && x 4000000 && printf '\n1\n')
 }
 
-@test "a line over 4 x --max-value + 64 KiB is refused once, and later requests work" {
-    start_kv --max-value 100
-    limit=$((400 + 65536))
-    # Blanks count; neither LF nor CRLF does.
+# A request that takes so many bytes on the wire, the end of its line or its headers among them.
+text_of() { printf "PING%$(($1 - 5))s\n" ''; } # BYTES
+
+resp_of() { # BYTES
+    local digits=1 n
+    for ((digits = 1; ; digits++)); do # ECHO's own 14, "$", the digits, CRLF, the word, CRLF
+        n=$(($1 - 14 - 1 - digits - 4))
+        if ((${#n} == digits)); then break; fi
+    done
+    printf '*2\r\n$4\r\nECHO\r\n$%d\r\n' "$n" && x "$n" && printf '\r\n'
+}
+
+@test "a request over --max-request is too long, in its own form, and the connection is closed" {
+    for limit in 1024 5000 65536; do
+        start_kv --max-request "$limit"
+        text_of "$limit" | talk | is PONG
+        text_of "$limit" | sed 's/ $/\r/' | talk | is $'PONG\r'
+        resp_of "$limit" | talk | head -n 1 | is_like $'\\$[0-9]+\r'
+        for more in 1 2 1000 65536 200000; do
+            for form in text_of resp_of; do
+                { printf 'INCR n\n' && "$form" $((limit + more)) && printf 'INCR n\n' && resp INCR n; } >"$tmp/in"
+                talk <"$tmp/in" | is_like '[0-9]+' '(\(error\) |-)ERR .*too long'$'\r?'
+            done
+        done
+        # Nor is a line that has no end yet waited for, or an array that has.
+        printf "PING%${limit}s" '' | talk | is_like '\(error\) ERR .*'
+        connect
+        printf "PING%${limit}s" '' >&"$c"
+        rest "$c" | is_like '\(error\) ERR .*too long'
+        { printf '*20\r\n' && for i in {1..20}; do printf '$%d\r\n%0*d\r\n' $((limit / 10)) $((limit / 10)) 0; done; } |
+            talk | is_like $'-ERR .*too long\r'
+        ask 'GET n' | is 10
+        stop_kv
+    done
+}
+
+@test "a line of 100 MB is refused, within bounded memory" {
+    start_kv
     for end in '\n' '\r\n'; do
-        printf "PING%$((limit - 4))s$end" '' | talk | is_like PONG$'\r?'
-        printf "PING%$((limit - 3))s$end" '' | talk | is_like '\(error\) ERR .*too long'$'\r?'
+        { x 100000000 && printf '%bPING\n' "$end"; } | talk | is_like '\(error\) ERR .*too long'$'\r?'
+        ask PING | is PONG
     done
-    for more in 1 2 1000 65536 200000; do
-        printf "PING%$((limit - 4 + more))s\nECHO x\n" '' | talk | is_like '\(error\) ERR .*too long' x
-    done
-    printf "PING%$((limit * 3))s" '' | talk | is_like '\(error\) ERR .*'
-}
-
-@test "a line of 100 MB is refused once, within bounded memory" {
-    start_kv
-    { x 100000000 && printf '\nPING\n' && x 5000000 && printf '\r\nPING\n'; } | talk |
-        is_like '\(error\) ERR .*too long' PONG '\(error\) ERR .*too long'$'\r' PONG
     takes_less VmHWM 20000
 }
 
-@test "a request of more than 1,024 words is refused, and later requests work" {
+@test "a request of more than 1,024 words is too long, and the connection is closed" {
     start_kv
-    ask "EXISTS $(seq -s ' ' 1023)" "EXISTS $(seq -s ' ' 1024)" "$(seq -s ' ' 5000)" PING |
-        is_like 0 '\(error\) ERR .*too long' '\(error\) ERR .*too long' PONG
+    ask "EXISTS $(seq -s ' ' 1023)" PING | is 0 PONG
+    for long in "EXISTS $(seq -s ' ' 1024)" "$(seq -s ' ' 5000)"; do
+        ask "$long" 'SET a 1' | is_like '\(error\) ERR .*1024 words.* too long'
+    done
+    # shellcheck disable=SC2046  # words are what is meant
+    { resp EXISTS $(seq 1023) && resp PING; } | talk | is $':0\r' $'+PONG\r'
+    for n in 1025 1000000 2147483647 2147483648 4294967297; do
+        { printf '*%d\r\n' "$n" && resp SET a 1; } | talk | is_like $'-ERR .*1024 words.* too long\r'
+    done
+    ask DBSIZE | is 0
 }
 
-@test "a request over 2 x --max-value + 64 KiB decoded is refused, and later requests work" {
-    start_kv --max-value 1000
-    word=$(x 999) # with the blank 1000
-    words() { printf 'EXISTS'; printf " $word%.0s" $(seq "$1"); } # N
-    # 67,536 bytes are allowed: 6, and 999 for each.
-    { words 67 && echo && words 68 && echo && echo PING; } | talk |
-        is_like 0 '\(error\) ERR .*too long' PONG
-    stop_kv
+@test "a length that is announced counts: a request that would be too long is refused before it comes" {
     start_kv
-    { printf 'SET ' && x 1048576 && printf ' ' && x 1048576 && echo; } | talk | is OK
-    { printf 'EXISTS ' && x 1048576 && printf ' ' && x 1048576 && printf ' ' && x 70000 && echo; } |
-        talk | is_like '\(error\) ERR .*too long'
+    for header in '*3\r\n$999999999\r\n' '*2\r\n$4\r\nECHO\r\n$999999999\r\nabc' '*2\r\n$4\r\nECHO\r\n$4259841\r\n' \
+        '*2\r\n$4\r\nECHO\r\n$4259840\r\n' '*1\r\n$2147483647\r\n' '*1\r\n$4294967300\r\n' \
+        '*1\r\n$9223372036854775807\r\n' '*1025\r\n' '*2147483647\r\n'; do
+        connect
+        printf '%b' "$header" >&"$c"
+        rest "$c" | is_like $'-ERR .*too long\r' || { echo "for $header" && return 1; } # at once
+    done
+    # Also where what is already there and what is announced are too much together.
+    connect
+    { printf '*3\r\n$3\r\nSET\r\n$3000000\r\n' && x 3000000 && printf '\r\n$1500000\r\n'; } >&"$c"
+    rest "$c" | is_like $'-ERR .*too long\r'
+    ask PING | is PONG
 }
 
 @test "byte 0xff at the start of a line closes the connection: Ctrl-C in telnet" {
@@ -1550,6 +1718,37 @@ all_say() { # WORD: whether each holder has said that
     grep WARN "$log"
 }
 
+@test "MULTI, EXEC, WATCH and DISCARD get one error and the end: nothing behind them is run" {
+    start_kv
+    error='ERR kv has no transactions.*'
+    for name in MULTI EXEC WATCH DISCARD multi Watch; do
+        for request in "$name" "$name a" "$name a b"; do
+            ask 'INCR a' "$request" 'DECRBY n 1' EXEC 'DECRBY n 1' | is_like '[0-9]+' "\(error\) $error"
+            # shellcheck disable=SC2086  # words are what is meant
+            { resp INCR a && resp $request && resp DECRBY n 1 && resp EXEC && resp DECRBY n 1; } | talk |
+                is_like $':[0-9]+\r' "-$error"$'\r'
+            connect # not because the client ends its input
+            resp "$name" >&"$c"
+            rest "$c" | is_like "-$error"$'\r'
+        done
+    done
+    ask 'EXISTS n' 'GET a' | is 0 36
+}
+
+@test "a transaction of redis-py fails as a whole" {
+    /usr/bin/python3 -c 'import redis' 2>/dev/null ||
+        skip "redis-py is missing: make deps-all installs it (python3-redis)"
+    start_kv
+    timeout 20 /usr/bin/python3 - "$port" <<'PYTHON' | is failed 10
+import redis, sys
+r = redis.Redis(port=int(sys.argv[1]))
+r.set("n", 10)
+try: r.pipeline(transaction=True).decrby("n", 1).execute()
+except redis.RedisError: print("failed")
+print(r.get("n").decode())
+PYTHON
+}
+
 @test "--timeout closes a silent client, and not one that keeps asking" {
     start_kv --timeout 1
     connect
@@ -1580,6 +1779,103 @@ all_say() { # WORD: whether each holder has said that
     answers "$c" PING PONG
     sleep 1.2
     answers "$c" PING PONG
+}
+
+# As on macOS and BSD. Linux does not hand O_NONBLOCK on.
+@test "where accept hands on that the listener does not block, clients are waited for all the same" {
+    preload '#define _GNU_SOURCE
+        #include <sys/socket.h>
+        int accept(int fd, struct sockaddr *address, socklen_t *length) {
+            return accept4(fd, address, length, SOCK_NONBLOCK);
+        }'
+    start_kv -v
+    ask "SET k $(x 1000)" | is OK
+    connect
+    sleep 0.5
+    answers "$c" PING PONG
+    connect
+    flood "$c" 'GET k' 20000 # the server cannot send all of its replies at once either
+    timeout 20 head -n 20000 <&"$c" | uniq -c | is_like ' *20000 x{1000}'
+    not grep -E 'closed: (timeout|Resource)' "$log"
+}
+
+@test "before AUTH a silent client is closed after 10 s, though --timeout is 0, after it not" {
+    start_locked_kv sesame
+    connect
+    opened=$c
+    answers "$opened" 'AUTH sesame' OK
+    connect
+    silent=$c
+    connect
+    printf 'AUTH sesa' >&"$c"
+    half=$c start=$(now_ms)
+    closed "$silent"
+    took=$(($(now_ms) - start))
+    timeout 20 cat <&"$half" >/dev/null
+    echo "the silent one was closed after $took ms, that with half a request after $(($(now_ms) - start)) ms"
+    ((took >= 9000 && took < 20000 && $(now_ms) - start < 20000))
+    answers "$opened" PING PONG # it was silent as long
+    ask 'AUTH sesame' DBSIZE | is OK 0
+}
+
+# A client that takes no replies is found by the time that a send may take.
+@test "before AUTH a receive and a send may take 10 s, after it as long as --timeout says" {
+    (umask 077 && echo sesame >"$tmp/password")
+    start_traced_kv setsockopt -P "$tmp/password" --timeout 70
+    ask PING 'AUTH sesame' | is PONG OK
+    end_trace
+    for name in SO_RCVTIMEO SO_SNDTIMEO; do # strace shows the 16 bytes, or what they mean
+        grep "$name" "$tmp/trace" | is_like '.*("\\n\\0|tv_sec=10,).*' '.*("F\\0|tv_sec=70,).*'
+    done
+}
+
+@test "before AUTH --timeout closes a silent client earlier than after 10 s, when it is less" {
+    start_locked_kv sesame --timeout 1
+    connect
+    start=$(now_ms)
+    closed "$c"
+    took=$(($(now_ms) - start))
+    ((took >= 990 && took < 6000))
+}
+
+# A slot is free before its client can know that the connection has ended.
+@test "at the limit (-c 1) 3,000 clients that come one after the other are all served" {
+    start_kv -c 1
+    wait_until clients_are 0
+    (quickly one_by_one 3000) | sort | uniq -c | is_like ' *3000 OK' ' *3000 PONG'
+}
+
+one_by_one() { # COUNT: each asks, quits, and waits for the end of its connection
+    local i fd line
+    for ((i = 0; i < $1; i++)); do
+        exec {fd}<>"/dev/tcp/127.0.0.1/$port"
+        printf 'PING\nQUIT\n' >&"$fd"
+        while IFS= read -r -t 20 -u "$fd" line; do printf '%s\n' "$line"; done
+        exec {fd}>&-
+    done
+}
+
+# Here the thread that learns of the end and the one that accepts the next client begin at the same
+# moment. Which is first is chance, so somebody may be refused; but not one in ten.
+@test "at the limit (-c 1) of 3,000 clients that come one after the other, and leave without a word, few are refused" {
+    start_kv -c 1
+    wait_until clients_are 0
+    for try in 1 2 3; do
+        refused=$(quickly hurried 3000 2>/dev/null | grep -c 'max number of clients' || true)
+        echo "try $try: $refused of 3000 were refused"
+        if ((refused < (${#sanitized} ? 1000 : 300))); then return 0; fi
+    done
+    false
+}
+
+hurried() { # COUNT: each asks, takes the reply and closes
+    local i fd line
+    for ((i = 0; i < $1; i++)); do
+        exec {fd}<>"/dev/tcp/127.0.0.1/$port"
+        printf 'PING\n' >&"$fd" || true
+        IFS= read -r -t 20 -u "$fd" line && printf '%s\n' "$line"
+        exec {fd}>&-
+    done
 }
 
 @test "when a thread cannot be made its client is refused, and later ones are served" {
@@ -1616,8 +1912,9 @@ all_say() { # WORD: whether each holder has said that
 # Shutdown
 # ==========================================================================================
 
-@test "SIGTERM and SIGINT end an idle server with status 0 and say so in the log" {
-    for signal in TERM INT; do
+@test "SIGTERM, SIGINT and SIGHUP end an idle server with status 0 and say so in the log" {
+    leash+=(env --default-signal=HUP) # who runs the tests with nohup ignores it
+    for signal in TERM INT HUP; do
         start_kv
         connect
         answers "$c" PING PONG
@@ -1626,6 +1923,21 @@ all_say() { # WORD: whether each holder has said that
         ((status == 0 && took < 5000))
         is_like '.*listening.*' "${log_lines}stopping.*" "${log_lines}stopped.*" <"$log"
     done
+}
+
+@test "SIGHUP is ignored when it was at the start, as nohup does; SIGTERM ends the server then" {
+    leash+=(env --ignore-signal=HUP)
+    start_kv
+    connect
+    answers "$c" PING PONG
+    for i in {1..5}; do
+        kill -HUP "$pid"
+        sleep 0.1
+        answers "$c" 'INCR n' "$i"
+    done
+    not grep stopping "$log"
+    stop_kv
+    ((status == 0))
 }
 
 @test "every request that had arrived before SIGTERM is run and answered, then the end" {
@@ -1662,15 +1974,32 @@ all_say() { # WORD: whether each holder has said that
     ((status == 0))
 }
 
-stop_with_queue() { # COUNT: so many connect and ask, then the server, which was stopped, gets SIGTERM
-    local i fd queue=()
+# So many connect and ask, then the server, which was stopped, gets SIGTERM. Prints the replies, and
+# puts the time that it takes to end, though none of them closes, into the file, if there is one.
+stop_with_queue() { # COUNT [FILE]
+    local i fd start queue=()
     for ((i = 0; i < $1; i++)); do
         exec {fd}<>"/dev/tcp/127.0.0.1/$port" && queue+=("$fd")
         echo 'INCR n' >&"$fd"
     done
+    start=$(now_ms)
     kill -TERM "$pid"
     kill -CONT "$pid"
+    if [[ ${2:-} ]]; then wait_until ended && echo $(($(now_ms) - start)) >"$2"; fi
     for fd in "${queue[@]}"; do rest "$fd" || true; done
+}
+
+@test "SIGTERM ends the server within 5 s also at the limit (-c 1), when 200 more clients want to come" {
+    start_kv -c 1
+    connect
+    answers "$c" PING PONG
+    kill -STOP "$pid"
+    (quickly stop_with_queue 200 "$tmp/took") >"$tmp/replies"
+    took=$(<"$tmp/took")
+    echo "SIGTERM took $took ms"
+    stop_kv none
+    ((status == 0 && took < 5000))
+    not grep -Evx $'[0-9]+|-ERR max number of clients reached\r' "$tmp/replies"
 }
 
 @test "SIGTERM ends the server within 5 s though clients send on and on; what they got is in order" {
@@ -1685,6 +2014,79 @@ stop_with_queue() { # COUNT: so many connect and ask, then the server, which was
         count=$(wc -l <"$tmp/load.$i")
         head -n "$count" "$tmp/load.$i" | cmp - <(seq "$count")
     done
+}
+
+@test "what is run is answered, also to a client that goes on sending and reading after SIGTERM" {
+    for round in 1 2; do
+        rm -f "$tmp/aof" "$tmp"/replies.*
+        start_aof
+        connect
+        stream=$c
+        background bash -c 'exec yes "INCR 0" >&"$1"' - "$stream" 2>/dev/null
+        background bash -c 'exec cat <&"$1"' - "$stream" >"$tmp/replies.0" 2>/dev/null
+        readers=("${helpers[-1]}")
+        for i in 1 2 3 4; do # these wait for each reply
+            connect
+            background bash -c 'while echo "INCR $2" >&"$1" && read -r -u "$1" n; do echo "$n"; done' \
+                - "$c" "$i" >"$tmp/replies.$i" 2>/dev/null
+            readers+=("${helpers[-1]}")
+        done
+        for i in {0..4}; do wait_until [ -s "$tmp/replies.$i" ]; done
+        stop_kv
+        ((status == 0 && took < 5000))
+        wait_until gone "${readers[@]}"
+        start_aof # the file tells what was run
+        for i in {0..4}; do
+            echo "client $i: $(ask "GET $i") requests were run, $(wc -l <"$tmp/replies.$i") answered"
+            tail -n 1 "$tmp/replies.$i" | is "$(ask "GET $i")"
+        done
+        stop_kv
+        for c in "${fds[@]}"; do disconnect "$c"; done
+        fds=()
+    done
+}
+
+@test "KEYS of a huge pattern against a huge key does not delay SIGTERM, though its client has left" {
+    for who in stays leaves; do
+        start_kv
+        { printf 'SET ' && x 1000000 && printf ' 1\n'; } | talk | is OK
+        connect
+        { printf 'KEYS *' && x 500000 && printf 'b\n'; } >&"$c"
+        set_to_work
+        if [[ $who = leaves ]]; then disconnect "$c" && fds=(); fi
+        stop_kv
+        echo "the client $who: SIGTERM took $took ms"
+        ((status == 0 && took < (${#sanitized} ? 4500 : 3500)))
+        grep stopped "$log"
+    done
+}
+
+# Returns when the server is busy with what was sent. It has some minutes of work, or a matcher that is
+# cleverer than that.
+set_to_work() {
+    before=$(cpu_ticks)
+    patience=5 wait_until at_work || true
+}
+
+at_work() { (($(cpu_ticks) > before + 30)); }
+
+# A list that says how many there are is believed.
+@test "KEYS that SIGTERM cuts short does not pass for the full list" {
+    start_kv
+    { # four keys with which the pattern takes minutes, and sixteen that match
+        for i in {1..4}; do printf 'SET %d' "$i" && x 1000000 && printf ' 1\n'; done
+        for i in {1..16}; do printf 'SET %d' "$i" && x 500000 && printf 'b 1\n'; done
+    } | talk | uniq -c | is_like ' *20 OK'
+    connect
+    { printf 'KEYS *' && x 500000 && printf 'b\n'; } >&"$c"
+    set_to_work
+    kill "$pid"
+    rest "$c" | cut -c 1-60 >"$tmp/out"
+    cat "$tmp/out"
+    # Nothing, an error, or all 16.
+    not grep -Ev '^\(error\) |^[0-9]+x+$|^\(16 keys\)$' "$tmp/out"
+    stop_kv none
+    ((status == 0))
 }
 
 @test "SIGTERM ends the server within 5 s though a client takes no replies, and lets nobody in" {
@@ -1713,7 +2115,36 @@ stop_with_queue() { # COUNT: so many connect and ask, then the server, which was
     ((status == 0 && took < 5000))
 }
 
-@test "a second signal ends the server at once with status 1" {
+# make sends its child SIGTERM and so does whoever stops make; timeout sends it twice.
+@test "a second signal soon after the first changes nothing: all is answered, and the status is 0" {
+    for signals in 'TERM TERM' 'INT INT' 'TERM INT'; do
+        read -r first second <<<"$signals"
+        start_kv
+        ask "SET k $(x 100000)" | is OK
+        connect
+        for i in {1..200}; do echo 'GET k'; done >"$tmp/in"
+        cat "$tmp/in" >&"$c" # all of this has arrived; not even half of the replies fits into buffers
+        wait_until commands_rest
+        kill -s "$first" "$pid"
+        sleep 0.01
+        kill -s "$second" "$pid"
+        wait_until grep -q stopping "$log"
+        rest "$c" >"$tmp/out"
+        (($(wc -l <"$tmp/out") == 200 && $(wc -c <"$tmp/out") == 200 * 100001))
+        stop_kv none
+        ((status == 0))
+        grep stopped "$log"
+    done
+}
+
+commands_rest() { # the server does nothing any more
+    local before
+    before=$(cpu_ticks)
+    sleep 0.1
+    (($(cpu_ticks) == before))
+}
+
+@test "a second signal more than half a second after the first ends the server at once with status 1" {
     for signal in TERM INT; do
         start_kv
         ask "SET k $(x 1000)" | is OK
@@ -1721,60 +2152,49 @@ stop_with_queue() { # COUNT: so many connect and ask, then the server, which was
         flood "$c" 'GET k' 100000
         kill "$pid"
         wait_until grep -q stopping "$log"
+        sleep 0.6
         stop_kv "$signal"
         ((status == 1 && took < (${#sanitized} ? 3000 : 1000)))
         not grep -E "${log_lines}.*stopped" "$log"
     done
 }
 
-@test "a second signal ends the server at once also while main waits for somebody to read the log" {
-    mkfifo "$tmp/fifo"
-    exec {fifo}<>"$tmp/fifo"
-    "${leash[@]}" "$KV" -p 0 "${for_all[@]}" </dev/null 2>"$tmp/fifo" 3>&- 4>&- &
-    pid=$!
-    read -r -t 20 -u "$fifo" line
-    port=${line##*:}
-    ask PING | is PONG
-    dd if=/dev/zero of="$tmp/fifo" bs=1 oflag=nonblock 2>/dev/null || true # until it is full
-    kill "$pid"
-    wait_until nobody_listens
-    ended && return 1
-    stop_kv
-    ((status == 1 && took < (${#sanitized} ? 3000 : 1000)))
-}
-
-nobody_listens() { ! (exec 5<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; }
-
 # ==========================================================================================
 # Help and errors
 # ==========================================================================================
 
-@test "HELP fits 24 lines of 80 columns, begins with the basic five and counts the commands" {
+@test "HELP has a line of 80 columns for each command, begins with the basic five and counts them" {
     start_kv
     ask HELP >"$tmp/help"
-    (($(wc -l <"$tmp/help") <= 24))
     not grep -E '.{81}' "$tmp/help"
     head -n 5 "$tmp/help" | cut -d ' ' -f 1 | sort | is DEL GET INCR PING SET
+    count=$(($(wc -l <"$tmp/help") - 1))
+    tail -n 1 "$tmp/help" | is "($count commands)"
+    head -n "$count" "$tmp/help" | cut -d ' ' -f 1 >"$tmp/names"
+    not grep -Evx '[A-Z]+' "$tmp/names"
+    sort "$tmp/names" | uniq -d | is
     for name in GET SET DEL EXISTS INCR DECR INCRBY DECRBY KEYS EXPIRE PEXPIRE EXPIREAT PEXPIREAT TTL \
-        PTTL PERSIST DBSIZE FLUSHDB FLUSHALL PING ECHO QUIT HELP AUTH; do grep -w "$name" "$tmp/help"; done
-    not grep -wE 'POST|Host' "$tmp/help"
-    names=$(head -n -1 "$tmp/help" | grep -oE '^([A-Z]+ )+' | wc -w)
-    tail -n 1 "$tmp/help" | is "($names commands)"
+        PTTL PERSIST DBSIZE FLUSHDB FLUSHALL PING ECHO QUIT HELP AUTH SELECT; do grep -x "$name" "$tmp/names"; done
+    not grep -xE 'POST|HOST|MULTI|EXEC|WATCH|DISCARD' "$tmp/names"
+    { resp HELP; } | talk | head -n 1 | is "*$count"$'\r'
 }
 
-@test "HELP of a command tells its syntax, what it does and what it replies" {
+@test "HELP of a command tells in three lines its syntax, what it does and what it replies" {
     start_kv
     ask 'HELP SET' >"$tmp/help"
     head -n 1 "$tmp/help" |
         is 'SET key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]'
-    grep -F '(nil)' "$tmp/help"
-    tail -n 1 "$tmp/help" | is_like '\([0-9]+ lines\)'
-    mapfile -t names < <(ask HELP | head -n -1 | grep -oE '^([A-Z]+ )+' | tr ' ' '\n' | grep .)
+    sed -n 3p "$tmp/help" | grep -F '(nil)'
+    tail -n 1 "$tmp/help" | is '(3 lines)'
+    resp HELP SET | talk | head -n 1 | is $'*3\r'
+    mapfile -t names < <(ask HELP | head -n -1 | cut -d ' ' -f 1)
     printf 'help %s\n' "${names[@]}" | talk >"$tmp/help"
+    not grep -E '.{81}' "$tmp/help"
     for name in "${names[@]}"; do
         read -r line && [[ $line = "$name" || $line = "$name "* ]]
-        for ((lines = 1; ; lines++)); do read -r line && [[ $line != '('* ]] || break; done
-        [[ $line = "($lines lines)" ]]
+        read -r line && [[ $line = [^\ \(]* ]]
+        read -r line && [[ $line ]]
+        read -r line && [[ $line = '(3 lines)' ]]
     done <"$tmp/help"
 }
 
@@ -1936,8 +2356,8 @@ takes_input() {
 
 @test "a malformed array gets one protocol error, and the connection is closed" {
     start_kv
-    for wrong in '*x' '*' '*1025' '*99999999999999999999' '* 1' '*+1' '*1\r\nx' '*1\r\n+PING' '*1\r\n$x' \
-        '*1\r\n$-1' '*1\r\n$-2' '*1\r\n$1048577' '*1\r\n*1\r\n$4\r\nPING' '*1\r\n$4\r\nPINGxx' \
+    for wrong in '*x' '*' '*99999999999999999999' '* 1' '*+1' '*1\r\nx' '*1\r\n+PING' '*1\r\n$x' \
+        '*1\r\n$-1' '*1\r\n$-2' '*1\r\n$99999999999999999999' '*1\r\n*1\r\n$4\r\nPING' '*1\r\n$4\r\nPINGxx' \
         '*1\r\n$4\r\nPING\n\n' '*1\n$4\r\nPING' '*00000000000000000000000000000000000000001'; do
         printf '%b' "$wrong\r\n*1\r\n\$4\r\nPING\r\n" | talk | is_like $'-ERR Protocol error: .*\r' ||
             { echo "for $wrong" && return 1; }
@@ -1950,17 +2370,8 @@ takes_input() {
     printf '*0\r\n*-1\r\n*-5\r\n*1\r\n$4\r\nPING\r\n*0\r\n' | talk | is $'+PONG\r'
 }
 
-@test "a RESP word over --max-value, or a request over 2 x --max-value + 64 KiB, is an error and the end" {
-    start_kv --max-value 100000
-    { printf '*3\r\n$3\r\nSET\r\n$1\r\na\r\n$100001\r\n' && resp PING; } | talk |
-        is_like $'-ERR Protocol error: .*\r'
-    big=$(printf '%0100000d' 0)
-    { resp DEL "$big" "$big" "$big" && resp PING; } | talk | is_like $'-ERR Protocol error: .*too long\r'
-    { resp DEL "$big" "$big" && resp PING; } | talk | is $':0\r' $'+PONG\r'
-}
-
 @test "a length that is announced and not sent costs no memory" {
-    start_kv --max-value 536870912
+    start_kv --max-request 536870912
     before=$(process_kb VmRSS)
     for ((i = 0; i < 300; i++)); do
         connect
@@ -2149,6 +2560,61 @@ start_redis() { # [OPTION...]: sets $redis_port; it ends with the test
     PORT=$port timeout 50 bash "$tmp/script" | diff - "$tmp/expected"
 }
 
+@test "the quote function of README.md makes one word of any bytes" {
+    quote_of_readme
+    start_kv
+    (quickly quote_all) >"$tmp/requests" 3>"$tmp/values"
+    talk <"$tmp/requests" >"$tmp/replies"
+    (($(wc -l <"$tmp/replies") == 255 * 4))
+    (quickly decode) <"$tmp/replies" | cmp - "$tmp/values"
+}
+
+quote_all() { # writes requests, and to descriptor 3 the values in them
+    local i byte value
+    for ((i = 1; i < 256; i++)); do
+        printf -v value '\\x%02x' "$i"
+        printf -v byte '%b' "$value"
+        for value in "$byte" "$byte\\$byte\"$byte" "a$byte" "\"$byte"; do
+            printf 'ECHO ' && quote "$value" && printf '\n'
+            printf '%s\n' "$value" >&3
+        done
+    done
+}
+
+# In GBK and the like a backslash or a letter may be the second byte of a character.
+@test "the quote function of README.md is not broken out of in a multibyte locale" {
+    command -v localedef >/dev/null || skip "localedef is missing"
+    quote_of_readme
+    start_kv
+    make_gbk_locale
+    value=$'\x81\x5c" x\x81\x5c' # to bash two characters, a quote, a blank, an x, and another one
+    LOCPATH=$tmp/locale LC_ALL='' LC_CTYPE=test bash -c '
+        [[ ${#1} = 5 ]] || echo "this is no multibyte locale" >&2
+        (LC_ALL=C && [[ ${#1} = 7 ]]) || echo "LC_ALL=C does not help" >&2
+        source "$2" && printf "ECHO " && quote "$1" && echo' - "$value" "$tmp/quote" \
+        >"$tmp/request" 2>"$tmp/err"
+    is <"$tmp/err"
+    talk <"$tmp/request" | is "$value"
+}
+
+quote_of_readme() { # defines quote, and leaves it in a file of that name
+    sed -n '/^quote() {/,/^}/p' "$BATS_TEST_DIRNAME/README.md" >"$tmp/quote"
+    [[ -s $tmp/quote ]]
+    # shellcheck disable=SC1091  # README.md has it
+    source "$tmp/quote"
+}
+
+make_gbk_locale() { # in $tmp/locale, by the name test: ASCII and one character of two bytes
+    mkdir -p "$tmp/locale"
+    printf '%s\n' '<code_set_name> GBK' '<mb_cur_min> 1' '<mb_cur_max> 2' '<escape_char> /' CHARMAP \
+        '<U0000>..<U007F> /x00 ASCII' '<U4E57> /x81/x5c CJK' 'END CHARMAP' >"$tmp/charmap"
+    printf '%s\n' LC_CTYPE 'upper <U0041>..<U005A>' 'lower <U0061>..<U007A>' 'digit <U0030>..<U0039>' \
+        'alpha <U0041>..<U005A>;<U0061>..<U007A>;<U4E57>' 'space <U0009>..<U000D>;<U0020>' \
+        'END LC_CTYPE' >"$tmp/source"
+    localedef -c -f "$tmp/charmap" -i "$tmp/source" "$tmp/locale/test" >"$tmp/localedef" 2>&1 || true
+    [[ -s $tmp/locale/test/LC_CTYPE ]]
+}
+
 @test "the session of README.md prints what README.md says" {
     readme=$BATS_TEST_DIRNAME/README.md
     start_kv
@@ -2220,11 +2686,11 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
         is_like " *15 $noauth" ' *1 OK' ' *1 \(nil\)'
 }
 
-@test "--password-file is refused when others may read it, when it holds no password and when it is not there" {
+@test "--password-file is refused when others may write it, when it holds no password and when it is not there" {
     (umask 077 && echo sesame >"$tmp/password")
-    for mode in 640 604 644 444 666; do
+    for mode in 620 602 622 646 660 666 777; do
         chmod "$mode" "$tmp/password"
-        no_password "$tmp/password.*(read|mode|chmod|permission)" "$tmp/password"
+        no_password "$tmp/password.*others may write it" "$tmp/password"
         not grep sesame "$tmp/stderr"
     done
     for text in '' '\n' '\r\n' '\nsesame\n' '\0sesame\n' 's\0esame\n' 's\0esame' "$(x 1023)" "$(x 1500)\n"; do
@@ -2234,6 +2700,31 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
     no_password "$tmp/nosuch: No such file" "$tmp/nosuch"
     (umask 077 && mkdir "$tmp/directory")
     no_password "$tmp/directory" "$tmp/directory"
+}
+
+@test "--password-file with a byte order mark, which an editor may add, is refused by that name" {
+    for text in '\xef\xbb\xbfsesame\n' '\xef\xbb\xbf' '\xef\xbb\xbf\n'; do
+        (umask 077 && printf '%b' "$text" >"$tmp/password")
+        no_password "$tmp/password.*byte order mark" "$tmp/password"
+    done
+    (umask 077 && printf 'sesame\xef\xbb\xbf\n' >"$tmp/password") # elsewhere it is a byte like any other
+    start_kv -P "$tmp/password"
+    ask $'AUTH sesame\xef\xbb\xbf' DBSIZE | is OK 0
+}
+
+@test "--password-file that others may read, as a secret in a container, is taken with a warning" {
+    (umask 077 && echo sesame >"$tmp/password")
+    for mode in 444 644 604 640 440 400 600; do
+        chmod "$mode" "$tmp/password"
+        for start in start_kv start_quiet_kv; do
+            "$start" -P "$tmp/password"
+            ask 'GET a' 'AUTH sesame' 'GET a' | is_like "$noauth" OK '\(nil\)'
+            warnings=$((mode % 100 > 0))
+            (($(grep -c WARN "$log") == warnings))
+            (($(grep -Ec "${log_lines}.*password.*others may read it" "$log") == warnings))
+            stop_kv
+        done
+    done
 }
 
 no_password() { # REGEX FILE: whether kv refuses to start with it
@@ -2280,22 +2771,27 @@ no_password() { # REGEX FILE: whether kv refuses to start with it
     (($(grep -Ec '127\.0\.0\.1:[0-9]+ "?(AUTH|auth)' "$log") >= 7))
 }
 
-@test "before AUTH a request of more than 10 words or 16 KiB is too long, after it not" {
+@test "before AUTH a request of more than 10 words or 16 KiB is too long and the end, after it not" {
     start_locked_kv sesame
+    error='ERR before AUTH a request over 16 KiB or 10 words is too long'
     for long in "EXISTS $(seq -s ' ' 10)" "$(seq -s ' ' 500)" "ECHO $(x 17000)" "ECHO '$(x 100000)'" \
         "ECHO$(printf '%20000s' '')x"; do
-        ask "$long" PING | is_like '\(error\) ERR .*too long' PONG
+        ask "$long" 'AUTH sesame' 'SET a 1' | is_like "\(error\) $error"
     done
     ask "EXISTS $(seq -s ' ' 9)" "ECHO $(x 16000)" | is_like "$noauth" "$noauth"
+    { text_of 16384 && resp_of 16384 && text_of 16385 && resp PING; } | talk |
+        is_like PONG $'-NOAUTH .*\r' "\(error\) $error"
+    { resp_of 16385 && resp PING; } | talk | is_like "-$error"$'\r'
     # shellcheck disable=SC2046  # words are what is meant
-    { resp EXISTS $(seq 9) && resp ECHO "$(x 16000)" && resp EXISTS $(seq 10) && resp PING; } | talk |
-        is_like $'-NOAUTH .*\r' $'-NOAUTH .*\r' $'-ERR .*\r'
-    for long in '*1000000\r\n' '*2\r\n$4\r\nECHO\r\n$17000\r\n' '*2\r\n$4\r\nECHO\r\n$1048576\r\n'; do
+    { resp EXISTS $(seq 9) && resp EXISTS $(seq 10) && resp PING; } | talk |
+        is_like $'-NOAUTH .*\r' "-$error"$'\r'
+    for long in '*11\r\n' '*1000000\r\n' '*2\r\n$4\r\nECHO\r\n$17000\r\n' '*2\r\n$4\r\nECHO\r\n$1048576\r\n'; do
         connect
         printf '%b' "$long" >&"$c"
-        rest "$c" | is_like $'-ERR .*\r' # at once, though nothing came behind it
+        rest "$c" | is_like "-$error"$'\r' # at once, though nothing came behind it
     done
     ask 'AUTH sesame' "ECHO $(x 100000)" "EXISTS $(seq -s ' ' 1000)" | is OK "$(x 100000)" 0
+    ask 'AUTH sesame' DBSIZE | is OK 0
 }
 
 @test "without a password file AUTH says that there is no password" {
@@ -2369,6 +2865,9 @@ start_aof() { start_kv --aof "$tmp/aof" "$@"; } # OPTION...
 restart() { stop_kv KILL && start_aof "$@"; } # OPTION...: after a crash
 
 size_of() { wc -c <"$1"; } # FILE
+
+# A file begins with the checksum line of a batch that holds nothing. All such lines have 23 bytes.
+first_line='#SUM:d1fba762150c532c'
 
 # A long form of this: KILLS=100 ./test.sh -f 'kill -9'
 if [[ ${KILLS:-} && ${BATS_TEST_TIMEOUT:-} ]]; then
@@ -2633,7 +3132,7 @@ check_cuts() { # FILE...
     start_aof
     stop_kv
     files=()
-    for size in {0..18}; do
+    for size in {0..23}; do
         head -c "$size" "$tmp/aof" >"$tmp/cut.$size"
         files+=("$tmp/cut.$size")
     done
@@ -2641,13 +3140,13 @@ check_cuts() { # FILE...
     for file in "${files[@]}"; do
         turn_to "$file"
         ask 'INCR a' | is 1
-        head -n 1 "$file" | is $'#CRC32C:00000000\r'
+        head -n 1 "$file" | is "$first_line"$'\r'
     done
 }
 
 @test "zero bytes at the end of a file, as after a power loss, are torn" {
     six_batches
-    for zeros in 1 7 18 4096 100000; do
+    for zeros in 1 7 23 4096 100000; do
         { head -c "${ends[5]}" "$tmp/aof" && head -c "$zeros" /dev/zero; } >"$tmp/zeros"
         start_kv --aof "$tmp/zeros"
         [[ $(abc) = "${values[5]}" ]]
@@ -2673,7 +3172,7 @@ check_cuts() { # FILE...
     ask 'SET a 1' | is OK
     stop_kv
     size=$(size_of "$tmp/aof")
-    resp SET b $'x\r\n#CRC32C:00000000\r\n' >>"$tmp/aof"
+    resp SET b $'x\r\n'"$first_line"$'\r\n' >>"$tmp/aof"
     refuses_file "byte $size\b" "$tmp/aof"
     head -c -1 "$tmp/aof" >"$tmp/cut"
     refuses_file "byte $size\b" "$tmp/cut"
@@ -2681,7 +3180,7 @@ check_cuts() { # FILE...
     refuses_file "byte $size\b" "$tmp/aof"
 }
 
-@test "a flipped bit anywhere is found and named, the file untouched; truncate -s helps" {
+@test "a flipped bit anywhere is found, with what cutting there would lose, the file untouched" {
     six_batches
     hex=$(od -An -v -tx1 "$tmp/aof" | tr -d '\n' | sed 's/ /\\x/g')
     workers=()
@@ -2690,26 +3189,39 @@ check_cuts() { # FILE...
         workers+=("$!")
     done
     for n in 0 1 2 3; do wait "${workers[n]}" || { tail -n 3 "$tmp/flips.$n" && return 1; }; done
-    eval "$(grep -o 'truncate -s .*' "$tmp/stderr.3")" # for a byte of the last batch
+    $(grep -o 'truncate -s [0-9]*' "$tmp/stderr.3") "$tmp/flipped.3" # for a byte of the last batch
     start_kv --aof "$tmp/flipped.3"
     [[ $(abc) = "${values[5]}" ]]
 }
 
 # Flips a bit of each fourth byte, from offset FIRST on, but for those of the last line.
 flips() { # FIRST
-    local at i from code file=$tmp/flipped.$1
-    for ((at = $1; at < ends[6] - 18; at += 4)); do
+    local at i code file=$tmp/flipped.$1 text
+    for ((at = $1; at < ends[6] - 23; at += 4)); do
         flip "$at" >"$file"
         code=0
         timeout 20 "$KV" -p 0 -s 4 --aof "$file" 2>"$tmp/stderr.$1" || code=$?
+        text=$(<"$tmp/stderr.$1")
         for ((i = 6; i > 0 && at < ends[i - 1]; i--)); do :; done # it is in batch i
-        # Of the first line it may be found only at the end of what follows.
-        from=${ends[i - 1]} && if ((i == 0)); then from='[0-9]+'; fi
-        [[ $code = 1 && $(wc -l <"$tmp/stderr.$1") = 1 &&
-            $(<"$tmp/stderr.$1") =~ ERROR\ .*byte\ $from\ .*truncate\ -s\ $from\ $file$ ]] ||
-            { echo "byte $at: status $code, $(<"$tmp/stderr.$1")" && return 1; }
+        if [[ $code != 1 || $(wc -l <<<"$text") != 1 ]] || ! tells_of_flip; then
+            echo "byte $at of batch $i: status $code, $text"
+            return 1
+        fi
         cmp "$file" <(flip "$at") || return 1
     done
+}
+
+tells_of_flip() { # looks at what flips has set
+    if ((i > 0)); then names_damage "$text" "${ends[i - 1]}" "$file"; else
+        [[ $text = *'not a file of kv'* && $text != *truncate* ]]
+    fi
+}
+
+# Whether a line says where the damage is, how to cut it off, and how much that would lose.
+names_damage() { # LINE OFFSET FILE
+    local lost=$(($(size_of "$3") - $2))
+    [[ $1 =~ ERROR\ .*\ byte\ ${2}[^0-9] && $1 =~ truncate\ -s\ ${2}\ .*${3} &&
+        $1 =~ [^0-9]${lost}\ bytes ]]
 }
 
 flip() { # OFFSET: prints the file with a bit of that byte flipped
@@ -2719,7 +3231,7 @@ flip() { # OFFSET: prints the file with a bit of that byte flipped
 @test "a flipped bit in the last checksum line is found, or passes for torn" {
     six_batches
     hex=$(od -An -v -tx1 "$tmp/aof" | tr -d '\n' | sed 's/ /\\x/g')
-    for ((at = ends[6] - 18; at < ends[6]; at++)); do
+    for ((at = ends[6] - 23; at < ends[6]; at++)); do
         (quickly flip "$at") >"$tmp/flipped"
         if start_kv --aof "$tmp/flipped"; then
             [[ $(abc) = "${values[5]}" ]]
@@ -2729,7 +3241,7 @@ flip() { # OFFSET: prints the file with a bit of that byte flipped
         else
             stop_kv none
             ((status == 1))
-            grep "ERROR .*byte ${ends[5]}\b.*truncate -s ${ends[5]} " "$log"
+            grep "ERROR .*byte ${ends[5]}\b.*truncate -s ${ends[5]}\b" "$log"
             (($(size_of "$tmp/flipped") == ends[6]))
         fi
     done
@@ -2750,32 +3262,67 @@ refuses_file() { # REGEX FILE
     stop_kv
     code=0
     prlimit --as=75000000 "$KV" -p 0 --aof "$tmp/aof" 2>"$tmp/stderr" || code=$?
-    ((code == 1)) && grep 'Cannot allocate memory' "$tmp/stderr"
+    ((code == 1)) && grep 'ERROR .*out of memory' "$tmp/stderr"
     not grep truncate "$tmp/stderr"
     start_aof
     ask DBSIZE | is 40
 }
 
-@test "a file that is something else is refused and untouched" {
-    cp "$BATS_TEST_DIRNAME/README.md" "$tmp/readme"
-    refuses_file 'byte 0\b' "$tmp/readme"
-    head -c 10000 "$KV" >"$tmp/program"
-    refuses_file 'byte 0\b' "$tmp/program"
-    for text in hello '# a comment' 'SET a 1' '*' '*1' '*x' 'REDIS0011' '{}' '#CRC32X:00000000'; do
-        echo "$text" >"$tmp/text"
-        refuses_file 'byte 0\b' "$tmp/text" || { echo "that was $text" && return 1; }
-    done
+# Whether kv refuses the file as not its own, and advises to import it, but never to cut it.
+refuses_foreign() { # FILE
+    refuses_file 'not a file of kv.*\bnc\b' "$1"
+    not grep truncate "$tmp/stderr"
 }
 
-@test "a record of no words, or with a wrong number of them, is refused" {
-    for record in '*0\r\n' '*-1\r\n' '*1\r\n$3\r\nSET\r\n' '*2\r\n$3\r\nSET\r\n$1\r\na\r\n'; do
+@test "a file that is something else is refused and untouched, with no advice to cut it" {
+    cp "$BATS_TEST_DIRNAME/README.md" "$tmp/readme"
+    refuses_foreign "$tmp/readme"
+    head -c 10000 "$KV" >"$tmp/program"
+    refuses_foreign "$tmp/program"
+    for text in hello '# a comment' 'SET a 1' '*' '*1' '*x' 'REDIS0011' '{}' '#SUM:' '#SUM:0123456789abcde' \
+        '#SUM:D1FBA762150C532C' '#SUX:d1fba762150c532c' '#SUM:0123456789abcdef' " $first_line"; do
+        printf '%s\r\n' "$text" >"$tmp/text"
+        refuses_foreign "$tmp/text" || { echo "that was $text" && return 1; }
+    done
+    { printf 'REDIS0011\xfa\tredis-ver\x057.0.15\xfa\nredis-bits\xc0@\xfe\0\xfb\1\0\0\1a\xc0\1\xff' &&
+        head -c 8 "$KV"; } >"$tmp/rdb"
+    refuses_foreign "$tmp/rdb"
+    { resp SELECT 0 && resp SET a 1; } >"$tmp/redis"
+    refuses_foreign "$tmp/redis"
+    { printf '#TS:1700000000\r\n' && cat "$tmp/redis"; } >"$tmp/stamped"
+    refuses_foreign "$tmp/stamped"
+    { printf '#CRC32C:00000000\r\n' && resp SET a 1 && printf '#CRC32C:12345678\r\n'; } >"$tmp/older"
+    refuses_foreign "$tmp/older"
+}
+
+# Prints the records of the input, and behind them the line with their checksum.
+batch() {
+    cat >"$tmp/records"
+    cat "$tmp/records"
+    printf '#SUM:%s\r\n' "$(quickly siphash <"$tmp/records")"
+}
+
+new_file() { printf '%s\r\n' "$first_line"; } # prints a file of no batch
+
+@test "a file whose checksums are right loads, whoever wrote it" {
+    { new_file && resp SET a 1 | batch && new_file && { resp SET b 2 && resp SET c 3; } | batch; } >"$tmp/aof"
+    start_aof
+    ask 'GET a' 'GET b' 'GET c' 'INCR a' | is 1 2 3 2
+    restart
+    ask 'GET a' DBSIZE | is 2 3
+}
+
+@test "a record with a wrong number of words, or one that kv does not write, is refused though its checksum is right" {
+    for record in '*0\r\n' '*-1\r\n' '*1\r\n$3\r\nSET\r\n' '*2\r\n$3\r\nSET\r\n$1\r\na\r\n' \
+        '*4\r\n$3\r\nSET\r\n$1\r\na\r\n$1\r\n1\r\n$4\r\nPXAT\r\n' '*1\r\n$3\r\nDEL\r\n' \
+        '*2\r\n$8\r\nFLUSHALL\r\n$1\r\nx\r\n' '*1\r\n$5\r\nMULTI\r\n' '*2\r\n$6\r\nSELECT\r\n$1\r\n1\r\n' \
+        '*3\r\n$5\r\nLPUSH\r\n$1\r\na\r\n$1\r\nx\r\n' 'SET a 1\r\n' '*1\r\n$8\r\nFLUSHALL\n'; do
         # shellcheck disable=SC2059  # a format is what this is about
-        printf "$record" >"$tmp/file"
-        sum=$(crc32c <"$tmp/file")
-        printf '#CRC32C:%s\r\n' "$sum" >>"$tmp/file"
-        refuses_file 'byte 0\b' "$tmp/file"
-        { printf '#CRC32C:00000000\r\n' && cat "$tmp/file"; } >"$tmp/second"
-        refuses_file 'byte 18\b' "$tmp/second"
+        { new_file && printf "$record" | batch; } >"$tmp/first"
+        refuses_file 'byte 23\b' "$tmp/first" || { echo "that was $record" && return 1; }
+        # shellcheck disable=SC2059
+        { new_file && resp SET a 1 | batch && { resp SET b 2 && printf "$record"; } | batch; } >"$tmp/second"
+        refuses_file 'byte 73\b' "$tmp/second" || { echo "that was $record" && return 1; }
     done
 }
 
@@ -2817,7 +3364,7 @@ refuses_file() { # REGEX FILE
 @test "--fsync takes always, everysec or no, and anything else ends with status 2" {
     for word in '' never Always alway always1; do
         refuses 2 'fsync.*always.*everysec.*no' --fsync "$word"
-        refuses 2 'fsync.*always.*everysec.*no' -p 0 --aof "$tmp/aof" "--fsync=$word"
+        refuses 2 'fsync.*always.*everysec.*no' -p 0 --aof "$tmp/aof" --fsync "$word"
     done
     [[ ! -e $tmp/aof ]]
     start_kv --fsync always
@@ -2832,11 +3379,11 @@ refuses_file() { # REGEX FILE
     start_aof
     later=$(deadline)
     {
-        printf '#CRC32C:\r\n'
+        printf '#SUM:\r\n'
         while IFS='|' read -r request record; do
             ask "$request" | is_like 'OK|-?[0-9]+' >&2
             # shellcheck disable=SC2086  # words are what this is about
-            if [[ $record ]]; then resp $record && printf '#CRC32C:\r\n'; fi
+            if [[ $record ]]; then resp $record && printf '#SUM:\r\n'; fi
         done
     } >"$tmp/expected" <<END
 SET k v|SET k v
@@ -2858,19 +3405,40 @@ FLUSHDB|FLUSHALL
 SET c "d"|SET c d
 FLUSHALL|FLUSHALL
 END
-    sed 's/^#CRC32C:[0-9a-f]\{8\}\r$/#CRC32C:\r/' "$tmp/aof" | diff -a "$tmp/expected" -
-    head -n 1 "$tmp/aof" | is $'#CRC32C:00000000\r'
+    sed 's/^#SUM:[0-9a-f]\{16\}\r$/#SUM:\r/' "$tmp/aof" | diff -a "$tmp/expected" -
+    head -n 1 "$tmp/aof" | is "$first_line"$'\r'
     (quickly checksums "$tmp/aof")
 }
 
-# CRC-32C of the input, a bit at a time, as RFC 3720 describes it.
-crc32c() {
-    local crc=0xffffffff byte bit
-    for byte in $(od -An -v -tu1); do
-        ((crc ^= byte, 1))
-        for ((bit = 0; bit < 8; bit++)); do ((crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78 : 0), 1)); done
-    done
-    printf '%08x\n' $((crc ^ 0xffffffff))
+# SipHash-1-3 of the input, as the paper of Aumasson and Bernstein describes it: eight bytes are a word,
+# whose lowest byte comes first; what is left is the last word, with the length as its highest byte.
+siphash() { # [KEY KEY]: numbers of 64 bits, else zeros
+    local v0=$((${1:-0} ^ 0x736f6d6570736575)) v1=$((${2:-0} ^ 0x646f72616e646f6d))
+    local v2=$((${1:-0} ^ 0x6c7967656e657261)) v3=$((${2:-0} ^ 0x7465646279746573))
+    local a b c d e f g h word=0x0 size=0
+    while read -r a b c d e f g h; do
+        word=0x$h$g$f$e$d$c$b$a
+        size=$((size + ${#word} / 2 - 1))
+        if [[ $h ]]; then sip_word "$word" && word=0x0; fi
+    done < <(od -An -v -tx1 -w8)
+    sip_word $((word | size << 56))
+    v2=$((v2 ^ 0xff))
+    sip_round && sip_round && sip_round
+    printf '%016x\n' $((v0 ^ v1 ^ v2 ^ v3))
+}
+
+sip_word() { # WORD
+    v3=$((v3 ^ $1))
+    sip_round
+    v0=$((v0 ^ $1))
+}
+
+# Turning left by 13 is << 13, and those 13 bits come in from the right.
+sip_round() {
+    ((v0 += v1, v1 = (v1 << 13 | v1 >> 51 & 0x1fff) ^ v0, v0 = v0 << 32 | v0 >> 32 & 0xffffffff)) || :
+    ((v2 += v3, v3 = (v3 << 16 | v3 >> 48 & 0xffff) ^ v2)) || :
+    ((v0 += v3, v3 = (v3 << 21 | v3 >> 43 & 0x1fffff) ^ v0)) || :
+    ((v2 += v1, v1 = (v1 << 17 | v1 >> 47 & 0x1ffff) ^ v2, v2 = v2 << 32 | v2 >> 32 & 0xffffffff)) || :
 }
 
 # Whether each checksum line of a file is that of the bytes since the line before, and the
@@ -2879,22 +3447,26 @@ checksums() { # FILE
     local at=0 offset text
     while IFS=: read -r offset _ text; do
         text=${text%$'\r'}
-        [[ $text = "$(tail -c +$((at + 1)) "$1" | head -c $((offset - at)) | crc32c)" ]] ||
+        [[ $text = "$(tail -c +$((at + 1)) "$1" | head -c $((offset - at)) | siphash)" ]] ||
             { echo "at byte $offset: $text" && return 1; }
-        at=$((offset + 18))
-    done < <(grep -abo $'^#CRC32C:[0-9a-f]\\{8\\}\r$' "$1")
+        at=$((offset + 23))
+    done < <(grep -abo $'^#SUM:[0-9a-f]\\{16\\}\r$' "$1")
     (($(size_of "$1") == at))
 }
 
-@test "the checksum is that of RFC 3720, also for binary values and batches of many records" {
-    [[ $(printf 123456789 | crc32c) = e3069283 ]]
+@test "the checksum is SipHash-1-3, also for binary values and batches of many records" {
+    # What others compute: Rust's SipHasher13, and PYTHONHASHSEED=0 python3 -c 'print(hash(b"123456789"))'.
+    [[ $(printf '' | siphash 0x0706050403020100 0x0f0e0d0c0b0a0908) = abac0158050fc4dc ]]
+    [[ $(printf 123456789 | siphash) = 0fbc0f0007965fcf ]]
     start_aof
     ask "SET $(quickly every_byte '\\x%02x' | sed 's/.*/"&"/') 1" 'SET "" ""' | is OK OK
+    for size in {0..16}; do ask "SET a \"$(x "$size")\"" | is OK; done # each length of the last word
+    ask "SET a $(x 20000)" | is OK
     connect
     send_packet "$c" 'INCR n\n%.0s' {1..100}
     for i in {1..100}; do receive "$c"; done
     (quickly checksums "$tmp/aof")
-    (($(grep -ac '^#CRC32C:' "$tmp/aof") < 50))
+    (($(grep -ac '^#SUM:' "$tmp/aof") < 70))
 }
 
 @test "what changes nothing is not logged, nor is expiry" {
@@ -2915,22 +3487,22 @@ checksums() { # FILE
     all=$(quickly every_byte '\\x%02x')
     { echo 'SET early 1' && echo FLUSHALL && yes 'INCR n' | head -n 1000 &&
         printf 'SET big "' && yes "$all" | head -n 4096 | tr -d '\n' && printf '"\n' &&
-        printf '%s\n' 'SET gone 1' 'DEL gone' 'SET "\x00\r\n#CRC32C:01234567\r\n" ""'; } | talk >/dev/null
+        printf '%s\n' 'SET gone 1' 'DEL gone' 'SET "\x00\r\n#SUM:0123456789abcdef\r\n" ""'; } | talk >/dev/null
     ask 'GET big' >"$tmp/big"
     (($(wc -c <"$tmp/big") > 1048576))
     for i in 1 2; do
         restart
-        ask 'INCR n' 'GET early' 'GET gone' 'GET "\x00\r\n#CRC32C:01234567\r\n"' DBSIZE |
+        ask 'INCR n' 'GET early' 'GET gone' 'GET "\x00\r\n#SUM:0123456789abcdef\r\n"' DBSIZE |
             is $((1000 + i)) '(nil)' '(nil)' '""' 3
         ask 'GET big' | cmp - "$tmp/big"
     done
 }
 
-@test "a file loads though --max-value is smaller than what it holds" {
+@test "a file loads though --max-request is smaller than what it holds" {
     start_aof
     value=$(x 100000)
     ask "SET a $value" | is OK
-    restart --max-value 10
+    restart --max-request 1024
     ask 'GET a' | is "$value"
     ask "SET a $value" | is_like '\(error\) ERR .*too long'
 }
@@ -2974,7 +3546,7 @@ past() { (($(now_ms) > $1)); } # MS
         done
         echo "DEL k7 t8" && echo 'PERSIST t9' && echo 'INCR t10' && echo "PEXPIREAT k11 $later"
         echo 'SET t12 x KEEPTTL' && echo 'SET t13 x' && echo 'EXPIRE t14 -1' && echo 'SET "" ""'
-        printf '%s\n' 'SET line "\r\n#CRC32C:01234567\r\n*1\r\n"' 'SET "#CRC32C:01234567\r\n" "#"'
+        printf '%s\n' 'SET line "\r\n#SUM:0123456789abcdef\r\n*1\r\n"' 'SET "#SUM:0123456789abcdef\r\n" "#"'
         # Without quotes, which redis-cli reads in its own way.
         (quickly every_byte '"<\\x%02x>"\n') | sed '/x2[27]/d; s/.*/SET & &/'
     } >"$tmp/in"
@@ -2991,73 +3563,86 @@ past() { (($(now_ms) > $1)); } # MS
     contents "$redis_port" | cmp - "$tmp/before"
 }
 
-@test "a file that Redis has written loads, goes on as kv's own, and Redis loads that too" {
+# Redis keeps a base and what came since; both may hold lines with the time, which begin with #.
+@test "a file of Redis is refused, and nc imports it: kv then holds the same keys, values and deadlines" {
     command -v redis-server || skip "redis-server is missing: make deps-all installs it"
     later=$(deadline)
-    mkdir "$tmp/redis" "$tmp/again"
-    start_redis --dir "$tmp/redis" --appendonly yes --aof-use-rdb-preamble no
-    printf '%s\n' 'SET lost 1' FLUSHALL 'SELECT 0' 'SET a "x\r\n#CRC32C:00000000\r\n"' 'SET b 5 EX 100000' \
+    mkdir "$tmp/redis"
+    start_redis --dir "$tmp/redis" --appendonly yes --aof-use-rdb-preamble no --aof-timestamp-enabled yes
+    printf '%s\n' 'SET lost 1' FLUSHALL 'SELECT 0' 'SET a "x\r\n#SUM:d1fba762150c532c\r\n"' 'SET b 5 EX 100000' \
         "SET b 5 PXAT $later" 'INCR b' 'INCRBY n 7' 'DECR n' 'DECRBY n 2' "SET c 1 PXAT $later" 'PERSIST c' \
         'SET d 1' "PEXPIREAT d $later" 'SET e 1' 'DEL e lost' 'SET f 1 NX' 'SET f 2 KEEPTTL' \
-        'SET soon 1 PX 1' "SET g 1 PXAT $later" 'SET g 2' 'GET a' 'EXPIREAT f 1' 'SET "\x00" "\xff"' |
-        redis-cli -p "$redis_port" >"$tmp/out"
+        'SET soon 1 PX 1' "SET g 1 PXAT $later" 'SET g 2' 'GET a' 'EXPIREAT f 1' 'SET "\x00" "\xff"' >"$tmp/in"
+    redis-cli -p "$redis_port" <"$tmp/in" >"$tmp/out"
     not grep -i err "$tmp/out"
-    printf '%s\n' a b n c d e f g soon lost '"\x00"' >"$tmp/keys"
-    contents "$redis_port" >"$tmp/before"
-    end_redis
-    cp "$tmp"/redis/appendonlydir/*.incr.aof "$tmp/aof"
-    cp "$tmp/aof" "$tmp/original"
-    start_aof
-    contents "$port" | cmp - "$tmp/before"
-    ask 'INCR n' 'GET n' | is 5 5
-    restart
-    ask 'DECR n' | is 4
-    contents "$port" | cmp - "$tmp/before"
-    restart
-    contents "$port" | cmp - "$tmp/before"
-    cmp <(head -c "$(size_of "$tmp/original")" "$tmp/aof") "$tmp/original"
-    tail -c "+$(($(size_of "$tmp/original") + 1))" "$tmp/aof" | head -n 1 | # over all before it
-        is "#CRC32C:$(quickly crc32c <"$tmp/original")"$'\r'
-    cp "$tmp/aof" "$tmp/again/"
-    start_redis --dir "$tmp/again" --appendonly yes --appendfilename aof
-    contents "$redis_port" | cmp - "$tmp/before"
+    wait_until redis_forgets soon
+    printf '%s\n' a b n c d e f g soon lost '"\x00"' i j >"$tmp/keys"
+    imports_from_redis
+    redis-cli -p "$redis_port" BGREWRITEAOF
+    wait_until [ -e "$tmp/redis/appendonlydir/appendonly.aof.2.incr.aof" ]
+    wait_until grep -q 'AOF rewrite finished successfully' "$tmp/redis.log"
+    printf '%s\n' "EXPIREAT n $((later / 1000))" 'PEXPIRE a 200000000' 'PERSIST d' 'INCR i' 'EXPIRE i 200000' \
+        'SET j 1 KEEPTTL' 'DEL b' 'EXPIRE c -1' | redis-cli -p "$redis_port" >"$tmp/out"
+    not grep -i err "$tmp/out"
+    imports_from_redis
 }
 
-end_redis() {
-    kill "${helpers[-1]}"
-    wait_until gone "${helpers[-1]}"
-}
+redis_forgets() { [[ $(redis-cli -p "$redis_port" EXISTS "$1") = 0 ]]; } # KEY
 
-@test "in a file of Redis nothing expires before its end: INCR and PERSIST meet what is past" {
-    { resp SELECT 0 && resp SET a 5 PXAT 1000 && resp INCR a && resp PERSIST a &&
-        resp SET b 5 && resp PEXPIREAT b 1000 && resp SET c 5 PXAT 1000 && resp INCR c &&
-        resp PEXPIREAT c 9999999999999; } >"$tmp/aof"
-    start_aof
-    ask 'GET a' 'TTL a' 'GET b' 'GET c' KEYS | is_like 6 -1 '\(nil\)' 6 '[ac]' '[ac]' '\(2 keys\)'
-}
-
-@test "a command that kv does not know is refused by its name, and not skipped" {
-    { resp SELECT 0 && resp SET a 1; } >"$tmp/start"
-    { cat "$tmp/start" && resp LPUSH list x && resp SET b 1; } >"$tmp/aof"
-    refuses_file "byte $(size_of "$tmp/start")\b.*LPUSH" "$tmp/aof"
-    { resp SET a 1 && resp SELECT 1 && resp SET a 2; } >"$tmp/aof" # there is one database
-    refuses_file 'byte 27\b' "$tmp/aof"
-    { printf '#CRC32C:00000000\r\n' && resp MULTI; } >"$tmp/aof"
-    printf '#CRC32C:%s\r\n' "$(resp MULTI | crc32c)" >>"$tmp/aof"
-    refuses_file 'byte 18\b.*MULTI' "$tmp/aof"
-}
-
-@test "a file of Redis that ends within a record is refused and untouched" {
-    { resp SELECT 0 && resp SET a 1; } >"$tmp/start"
-    size=$(size_of "$tmp/start")
-    { cat "$tmp/start" && resp SET b 2; } >"$tmp/redis"
-    for ((cut = size + 1; cut < size + 27; cut++)); do
-        head -c "$cut" "$tmp/redis" >"$tmp/aof"
-        refuses_file "byte $size\b.*truncate -s $size " "$tmp/aof"
+# Whether kv, with a file that is new, imports those that Redis has now, and keeps that.
+imports_from_redis() {
+    local file files=("$tmp"/redis/appendonlydir/*.{base,incr}.aof)
+    for file in "${files[@]}"; do
+        if [[ -s $file ]]; then refuses_foreign "$file" || return 1; fi
     done
-    truncate -s "$size" "$tmp/aof"
+    contents "$redis_port" >"$tmp/before"
     start_aof
-    ask 'GET a' DBSIZE | is 1 1
+    cat "${files[@]}" | talk >"$tmp/out"
+    not grep -v '^[+:]' "$tmp/out"
+    contents | diff - "$tmp/before"
+    restart
+    contents | diff - "$tmp/before"
+    stop_kv
+    rm "$tmp/aof"
+}
+
+@test "a file that an older kv wrote is imported by nc" {
+    { printf '#CRC32C:00000000\r\n' && resp SET a 1 && resp SET b 2 PXAT 9999999999999 &&
+        printf '#CRC32C:01234567\r\n' && resp DEL a && printf '#CRC32C:89abcdef\r\n'; } >"$tmp/older"
+    start_aof
+    talk <"$tmp/older" | is $'+OK\r' $'+OK\r' $':1\r'
+    restart
+    ask 'GET a' 'GET b' 'TTL a' DBSIZE | is '(nil)' 2 -2 1
+}
+
+@test "while a file is read the clock goes on: a SET whose deadline has passed is a DEL" {
+    {
+        new_file
+        { resp SET a 1 && resp SET a 2 PXAT 1000 && resp SET b 1 PXAT 1000 && resp SET b 2 &&
+            resp SET c 1 PXAT 9999999999999 && resp SET c 2 PXAT 1000 && resp SET d 1 PXAT 1000; } | batch
+        { resp DEL d && resp SET e 1 PXAT 1000 && resp FLUSHALL && resp SET f 1 PXAT 1000 && resp SET f 3 &&
+            resp SET b 4 && resp SET g 1 PXAT 9999999999999; } | batch
+        resp SET g 1 PXAT 1 | batch
+    } >"$tmp/aof"
+    start_aof
+    ask DBSIZE KEYS 'GET b' 'GET f' 'TTL f' | is_like 2 '[bf]' '[bf]' '\(2 keys\)' 4 3 -1
+}
+
+# Most of 300,000 sessions have ended when others begin, so that kv needs little memory for them.
+@test "a log full of keys that have expired needs no memory at the next start" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    if [[ $sanitized ]]; then return 0; fi # sanitizers need memory of their own
+    start_aof --fsync no
+    [[ $(<"/proc/$pid/status") =~ VmData:[[:space:]]+([0-9]+) ]]
+    little=$((BASH_REMATCH[1] * 1024 + 12000000))
+    yes "$(x 100)" | head -n 300000 | awk '{ print "SET session:" NR, $1, "PX 10" }' | talk | uniq -c |
+        is_like ' *300000 OK'
+    (($(size_of "$tmp/aof") > 40000000))
+    wait_until keys_are 0
+    stop_kv
+    leash+=(prlimit --data="$little")
+    start_aof
+    ask DBSIZE 'INCR n' | is 0 1
 }
 
 @test "tail -F of the file, sent to a second kv, keeps that one equal through 100,000 writes" {
@@ -3157,7 +3742,7 @@ synced_first='
         "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>"$tmp/second" 3>&- 4>&- &
     second=$!
     helpers+=("$second")
-    wait_until second_has_file
+    wait_until has_file "$second"
     ask 'SET b 2' | is OK
     stop_kv
     wait_until grep -q listening "$tmp/second"
@@ -3165,7 +3750,7 @@ synced_first='
     ask 'GET a' 'GET b' | is 1 2
 }
 
-second_has_file() { find "/proc/$second/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; }
+has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # PID
 
 @test "thousands of requests with short replies and large records stay within bounded memory" {
     start_aof
@@ -3256,6 +3841,42 @@ larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
     ask 'GET n' | is_like '[45]'
 }
 
+@test "an fsync that is interrupted (EINTR) is tried again, before the reply" {
+    start_aof
+    stop_kv
+    calls=write,pwrite64,writev,fsync,fdatasync
+    trace_kv -e "trace=$calls,sendto" -e "inject=fsync,fdatasync:error=EINTR:when=1+2" # every other one
+    start_aof --fsync always
+    connect
+    for i in {1..10}; do answers "$c" 'INCR n' "$i"; done
+    end_trace
+    not grep ERROR "$log"
+    (($(grep -c 'sync.*EINTR' "$tmp/trace") >= 10))
+    awk "$synced_first"' END { exit wrong || replies != 10 || syncs < 10 }' "$tmp/trace"
+}
+
+# Some file systems cannot, and say EINVAL. All other errors mean what they mean for a file.
+@test "a directory that cannot be fsynced or read is no reason not to start, but one whose fsync fails is" {
+    plain=("${leash[@]}")
+    trace_kv -e trace=fsync,fdatasync -P "$tmp" -e inject=fsync,fdatasync:error=EINVAL
+    start_aof
+    ask 'SET a 1' | is OK
+    end_trace
+    grep 'sync.*EINVAL' "$tmp/trace"
+    not grep ERROR "$log"
+    leash=("${leash[@]/EINVAL/EIO}")
+    not start_aof
+    stop_kv none
+    ((status == 1))
+    grep "ERROR .*$tmp/aof.*Input/output error" "$log"
+    leash=("${plain[@]}")
+    trace_kv -e trace=openat,open -P "$tmp" -e inject=openat,open:error=EACCES
+    start_aof # in a directory where one may use files, but not list them
+    ask 'GET a' | is 1
+    end_trace
+    grep 'EACCES' "$tmp/trace"
+}
+
 @test "with --fsync everysec each second has its fsync while there are writes, and a failed one is the end" {
     start_aof
     stop_kv
@@ -3280,6 +3901,7 @@ larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
     trace_kv -e trace=fsync,fdatasync -e inject=fsync,fdatasync:error=EIO:when=3+
     start_aof --fsync no
     ask 'INCR n' | is 1
+    if [[ $sanitized = tsan ]]; then wait_until no_thread_is_ending; fi # as in end_trace
     stop_kv
     ((status == 1))
     grep -E "ERROR .*$tmp/aof.*: Input/output error" "$log"
@@ -3378,20 +4000,203 @@ all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/
     ask 'GET a' 'GET b' DBSIZE | is 1 20 3
 }
 
-@test "a start of more than a second shows its progress" {
-    yes $'*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nvalue\r' | head -n $((${#sanitized} ? 1400000 : 14000000)) >"$tmp/aof"
+# Makes a file of 4 million records, 140 MB, which takes a while to read: one batch many times.
+long_file() {
+    start_aof --fsync no
+    seq -f 'SET k%.0f value' 1000 | talk | uniq -c | is_like ' *1000 OK'
+    stop_kv
+    tail -n +2 "$tmp/aof" >"$tmp/thousand"
+    for i in {1..100}; do cat "$tmp/thousand"; done >"$tmp/many"
+    for ((i = 0; i < (${#sanitized} ? 4 : 40); i++)); do cat "$tmp/many"; done >>"$tmp/aof"
+    rm "$tmp/many"
+}
+
+# Starts a server that is still reading its file then.
+start_reading() { # [COMMAND...]: what starts kv
     : >"$log"
-    "${leash[@]}" "$KV" -p 0 --aof "$tmp/aof" </dev/null 2>>"$log" 3>&- 4>&- &
-    pid=$!
-    wait_until grep -q "$tmp/aof" "/proc/$pid/maps" # it reads its file
+    "${leash[@]}" "$@" "$KV" -p 0 --aof "$tmp/aof" </dev/null 2>>"$log" 3>&- 4>&- &
+    pid=$! reader=$!
+    if (($#)); then
+        wait_until has_child "$pid"
+        reader=$child
+    fi
+    wait_until has_file "$reader"
+    wait_until takes_time "$reader"
+}
+
+has_child() { child=$(pgrep -P "$1"); } # PID: sets $child
+
+takes_time() { # PID: it has had the processor for 30 ms
+    local stat
+    read -r -a stat <"/proc/$1/stat"
+    ((stat[13] + stat[14] >= 3))
+}
+
+@test "a start of more than a second shows its progress" {
+    long_file
+    start_reading
     kill -STOP "$pid"
     sleep 1
     kill -CONT "$pid"
     wait_until listening
     head -n 1 "$log" | is_like "${log_lines}.*$tmp/aof.*\b[0-9]{1,2} ?%.*"
-    ask 'GET k' | is value
+    ask 'GET k7' DBSIZE | is value 1000
 }
 
+@test "SIGTERM and SIGHUP while the file is read end the server at once, also as process 1, and the file is untouched" {
+    long_file
+    before=$(stat -c '%s bytes, last changed %y' "$tmp/aof")
+    for signal in TERM HUP; do
+        start_reading
+        stop_kv "$signal"
+        ended_in_peace
+    done
+    ways=('unshare -p -f --kill-child' 'unshare -Urpf --kill-child')
+    for way in "${ways[@]}"; do
+        # shellcheck disable=SC2086  # words are what this is about
+        if $way true; then
+            if [[ $sanitized = asan ]]; then export ASAN_OPTIONS=detect_leaks=0; fi # it asks /proc for its own id
+            start_reading $way
+            kill "$reader" # stop_kv would send it to unshare
+            stop_kv none
+            ended_in_peace
+            break
+        fi
+    done
+    stat -c '%s bytes, last changed %y' "$tmp/aof" | is "$before"
+    start_aof
+    ask DBSIZE | is 1000
+}
+
+ended_in_peace() { # long before the whole file was read
+    echo "status $status after $took ms"
+    ((status == 0 && took < (${#sanitized} ? 4000 : 1000)))
+    not grep -E 'listening|ERROR' "$log"
+}
+
+@test "a client that goes on sending while the server stops has an answer to all that is in the file" {
+    start_aof
+    connect
+    background bash -c 'exec yes "INCR n" >&"$1" 2>/dev/null' - "$c"
+    background bash -c 'exec timeout 20 cat <&"$1" >"$2"' - "$c" "$tmp/answers"
+    wait_until [ -s "$tmp/answers" ]
+    stop_kv
+    ((status == 0 && took < 5000))
+    wait_until gone "${helpers[-1]}"
+    answered=$(wc -l <"$tmp/answers")
+    tail -n 1 "$tmp/answers" | is "$answered"
+    tail -n 2 "$tmp/aof" | head -n 1 | is "$answered"$'\r'
+}
+
+@test "a file that is deleted while the server runs is an error at its end, one that is moved is not" {
+    start_aof
+    ask 'SET a 1' | is OK
+    mv "$tmp/aof" "$tmp/moved"
+    ask 'SET b 2' | is OK
+    stop_kv
+    ((status == 0))
+    not grep ERROR "$log"
+    for policy in always everysec no; do
+        start_kv --aof "$tmp/moved" --fsync "$policy"
+        ask 'INCR n' | is_like '[0-9]'
+        cp "$tmp/moved" "$tmp/copy"
+        rm "$tmp/moved"
+        if [[ $policy = no ]]; then cp "$tmp/copy" "$tmp/moved"; fi # another one of that name
+        stop_kv
+        ((status == 1))
+        grep -E "ERROR .*$tmp/moved.*deleted" "$log"
+        mv "$tmp/copy" "$tmp/moved"
+    done
+    start_kv --aof "$tmp/moved"
+    ask 'GET a' 'GET b' 'GET n' | is 1 2 3
+}
+
+# ==========================================================================================
+# Append-only file: memory
+# ==========================================================================================
+
+# Each round has some more memory, so that it runs out elsewhere, and at last does not.
+@test "when memory runs out for a record nothing is changed, and the file says the same" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    if [[ $sanitized ]]; then return 0; fi # sanitizers need memory of their own
+    start_aof
+    ask "SET k $(x 300000)0" 'SET small 1' | is OK OK
+    stop_kv
+    value=0 ttl=-1
+    for request in SET EXPIRE; do
+        ok=0 oom=0
+        for ((bytes = 0; bytes < 1500000 && ok < 2; bytes += 150000)); do
+            start_aof
+            holds_all # what the round before has left
+            connect
+            answers "$c" PING PONG
+            leave_memory "$bytes"
+            if [[ $request = SET ]]; then
+                send "$c" "SET k $(x 300000)$bytes" 2>/dev/null || true
+            else send "$c" "EXPIRE k $((bytes + 1000000))"; fi
+            line=''
+            receive "$c" || (($? < 128)) || return 1 # nothing, if there is none to read it either
+            prlimit --pid "$pid" --data=unlimited:
+            case $line in
+                OK) ok=$((ok + 1)) value=$bytes ;;
+                1) ok=$((ok + 1)) ttl=$((bytes + 1000000)) ;;
+                '(error) OOM out of memory'*) oom=$((oom + 1)) ;;
+                *) [[ ! $line ]] ;;
+            esac
+            holds_all
+            disconnect "$c"
+            fds=()
+            stop_kv
+            ((status == 0))
+        done
+        echo "$request: done $ok times, refused $oom times"
+        ((ok > 0 && oom > 0))
+    done
+    start_aof
+    holds_all
+}
+
+# The server can have that much memory more than now. (Its status is read at once: it would not
+# be the same at the next read.)
+leave_memory() { # BYTES
+    [[ $(<"/proc/$pid/status") =~ VmData:[[:space:]]+([0-9]+) ]] &&
+        prlimit --pid "$pid" --data=$((BASH_REMATCH[1] * 1024 + $1)):
+}
+
+holds_all() { # $value and $ttl, of which some seconds may have gone
+    local left
+    ask 'GET k' | cmp - <(x 300000 && echo "$value")
+    left=$(ask 'TTL k')
+    ((left == ttl || (left < ttl && left > ttl - 1000)))
+    ask 'GET small' DBSIZE | is 1 2
+}
+
+# 70 MB are read, become a value and then a record: no limit here has room for four times as much.
+@test "with a file and little memory a huge SET ends its connection at most, not the server" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
+    plain=("${leash[@]}") failed=0 n=0
+    for limit in 100000 200000 250000 300000; do # in KiB
+        leash=("${plain[@]}" prlimit --as=$((limit * 1024)):)
+        start_aof --max-request 100000000
+        connect
+        answers "$c" 'INCR n' "$((++n))"
+        { printf 'SET big ' && x 70000000 && echo; } | talk >"$tmp/reply" || true
+        is_like '|OK|\(error\) OOM .*' < <(head -n 1 "$tmp/reply" | grep . || echo)
+        big=0 && if grep -qx OK "$tmp/reply"; then big=1; else failed=$((failed + 1)); fi
+        answers "$c" 'INCR n' "$((++n))"
+        answers "$c" 'EXISTS big' "$big"
+        ask 'SET small 1' | is OK
+        stop_kv
+        ((status == 0))
+        leash=("${plain[@]}")
+        start_aof
+        ask 'GET n' 'GET small' 'EXISTS big' 'DEL big' | is "$n" 1 "$big" "$big"
+        stop_kv
+    done
+    echo "it did not fit $failed times"
+    ((failed > 0))
+}
 # ==========================================================================================
 # More abuse
 # ==========================================================================================
@@ -3459,23 +4264,43 @@ all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/
     false
 }
 
+# KEYS locks one shard at a time. With -s 1 it would hold up everybody.
 @test "KEYS over a million keys does not hold up another client" {
     start_idle_kv
-    start_kv -s 1
+    start_kv
     seq -f 'SET key:%.0f x' $((${#sanitized} ? 300000 : 1000000)) | talk | uniq | is OK
+    yes 'KEYS *z' | head -n 30 >"$tmp/in"
     connect
     start=$(now_ms)
     ask 'KEYS *z' | is '(0 keys)'
     took=$(($(now_ms) - start))
     for try in 1 2 3 4 5; do
-        background bash -c 'yes "KEYS *z" | head -n 30 | timeout 60 nc -N 127.0.0.1 "$1"' - "$port" \
-            >/dev/null
+        background bash -c 'exec nc -w 60 127.0.0.1 "$1" <"$2"' - "$port" "$tmp/in" >/dev/null
         read -r longest usual < <(quickly slowest_gets 300 "$c")
         kill -9 "${helpers[-1]}" 2>/dev/null || true # it may have ended
         unset 'helpers[-1]'
         echo "try $try: the slowest GET took $longest us, at an idle server $usual us, KEYS $took ms"
-        # Who keeps the lock all the time that KEYS looks at keys holds others up for more than half of it.
-        if ((longest - usual < took * 1000 / 3)); then return 0; fi
+        # Who keeps a lock all the time that KEYS looks at keys holds others up for more than half of it.
+        if ((longest - usual < took * 1000 / 5)); then return 0; fi
+    done
+    false
+}
+
+@test "a megabyte of control bytes that is read in text does not hold up its shard" {
+    start_idle_kv
+    start_kv -s 1
+    { printf '*3\r\n$3\r\nSET\r\n$1\r\nz\r\n$1048576\r\n' && head -c 1048576 /dev/zero && printf '\r\n'; } |
+        talk | is $'+OK\r'
+    yes 'GET z' | head -n 200 >"$tmp/in"
+    connect
+    for try in 1 2 3 4 5; do
+        background bash -c 'exec nc -w 60 127.0.0.1 "$1" <"$2"' - "$port" "$tmp/in" >/dev/null
+        read -r longest usual < <(quickly slowest_gets 500 "$c")
+        kill -9 "${helpers[-1]}" 2>/dev/null || true
+        unset 'helpers[-1]'
+        echo "try $try: the slowest GET took $longest us, at an idle server $usual us"
+        # 5 ms for the reply, twice if the lock is taken again at once, and some for a busy machine.
+        if ((longest - usual < (${#sanitized} ? 200000 : 15000))); then return 0; fi
     done
     false
 }
@@ -3537,74 +4362,99 @@ interrupt() {
     leash+=(prlimit --nofile=40:40)
     start_kv
     grep -E "${log_lines}.* 40 descriptors" "$log"
-    served=0 told=0
     for i in {1..45}; do
         connect
-        send "$c" PING 2>/dev/null || true
-        receive "$c" || (($? < 128)) || return 1 # nothing, if a reset overtakes the message
-        case $line in
-            PONG) served=$((served + 1)) ;;
-            *'max number of clients'*) told=$((told + 1)) ;;
-        esac
+        send "$c" PING 2>/dev/null || true # it may have been told already
     done
-    echo "$served served, $told told"
-    ((served >= 24 && served < 40 && told >= 1))
+    wait_until all_are_served_or_wait
+    # Those who are told to go are told so; the others wait.
     before=$(cpu_ticks)
     sleep 0.3
     (($(cpu_ticks) - before <= (${#sanitized} ? 15 : 5)))
-    (($(grep -c refused "$log") <= SECONDS + 1))
+    (($(grep -c WARN "$log") <= SECONDS + 2))
     for i in "${fds[@]}"; do disconnect "$i"; done
     fds=()
     wait_until ping
     for i in {1..20}; do connect && answers "$c" PING PONG; done
 }
 
-# strace fails the first accept, as when the system has no descriptor left, then lets one through.
-@test "when accept fails (ENFILE, EMFILE, ENOMEM) that client is refused, and later ones are served" {
+all_are_served_or_wait() { # of 45 clients with 40 descriptors
+    local fd served=0 told=0
+    for fd in "${fds[@]}"; do
+        if [[ ${got[fd]:-} ]] || IFS= read -r -t 0.01 -u "$fd" 'got[fd]'; then :; fi
+        case ${got[fd]:-} in
+            PONG) served=$((served + 1)) ;;
+            *'max number of clients'*) told=$((told + 1)) ;;
+        esac
+    done
+    echo "$served served, $told told"
+    ((served >= 24 && served < 40))
+}
+
+# strace fails the first accepts, as when the system has no descriptor left. Who is refused then,
+# is told; else he waits.
+@test "when accept fails (ENFILE, EMFILE, ENOMEM) the server lives, and serves who comes or waits" {
     plain=("${leash[@]}")
     for error in ENFILE EMFILE ENOMEM; do
-        trace_kv -e trace=accept,accept4 -e "inject=accept,accept4:error=$error:when=1..4+2"
-        start_kv
-        open=$(descriptors)
-        for i in 1 2; do ask PING | is $'-ERR max number of clients reached\r'; done
-        ask PING 'INCR n' | is PONG 1
-        wait_until clients_are 0
-        [[ $(descriptors) = "$open" ]] # the spare one is back
-        end_trace
-        (($(grep -c 'client refused: ' "$log") <= SECONDS + 1))
-        grep 'WARN client refused: ' "$log"
-        leash=("${plain[@]}")
+        for count in 1 20; do
+            trace_kv -e trace=accept,accept4 -e "inject=accept,accept4:error=$error:when=1..$count"
+            start_kv
+            open=$(descriptors)
+            for i in {1..21}; do ask PING; done | uniq >"$tmp/out"
+            cat "$tmp/out"
+            tail -n 1 "$tmp/out" | is PONG
+            not grep -vx $'PONG\|-ERR max number of clients reached\r' "$tmp/out"
+            ask PING 'INCR n' | is PONG 1
+            wait_until clients_are 0
+            [[ $(descriptors) = "$open" ]]
+            end_trace
+            (($(grep -c WARN "$log") >= 1 && $(grep -c WARN "$log") <= SECONDS + 1))
+            leash=("${plain[@]}")
+        done
     done
 }
 
 descriptors() { find "/proc/$pid/fd" -type l | wc -l; }
 
-@test "when accept fails again and again the server lives, and serves the client when that is over" {
-    trace_kv -e trace=accept,accept4 -e 'inject=accept,accept4:error=ENFILE:when=1..20'
-    start_kv
-    ask PING 'INCR n' | is PONG 1
-    end_trace
-    (($(grep -c refused "$log") >= 1 && $(grep -c refused "$log") <= SECONDS + 1))
-}
-
-@test "when memory runs out a connection may end, but not the server" {
+@test "when memory runs out a request gets OOM or its connection ends, but not the server" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
-    start_kv -v
+    start_kv
     connect
     answers "$c" PING PONG
-    memory_limit 6000000 # enough for the request, not for all the values
-    for i in {1..12}; do
-        { printf 'SET k%d ' "$i" && x 1000000 && echo; } | talk >>"$tmp/out" || true
+    memory_limit 6000000
+    for ((sets = 0; sets < 300; sets++)); do # malloc may have 64 MB in reserve
+        { printf 'SET k%d ' "$sets" && x 1000000 && echo; } | talk >"$tmp/out" || true
+        [[ $(<"$tmp/out") = OK ]] || break
     done
-    (($(grep -c OK "$tmp/out") < 12))
-    answers "$c" DBSIZE "$(grep -c OK "$tmp/out")"
-    memory_limit 300000 # not for the request either
-    { printf 'SET k ' && x 1000000 && echo; } | talk | is || true
-    wait_until grep -q 'closed: out of memory' "$log"
-    answers "$c" 'EXISTS k' 0
+    echo "$sets values of 1 MB went in"
+    ((sets < 300))
+    not grep -vx '(error) OOM out of memory' "$tmp/out"
+    answers "$c" DBSIZE "$sets"
+    # Small values take the rest.
+    seq -f 'SET small:%.0f x' 300000 | talk | uniq -c >"$tmp/out"
+    cat "$tmp/out"
+    not grep -vE ' (OK|\(error\) OOM out of memory)$' "$tmp/out"
+    (($(grep OK "$tmp/out" | awk '{ n += $1 } END { print n }') < 300000))
+    answers "$c" 'EXISTS nosuch' 0
     prlimit --pid "$pid" --as=unlimited:
     { printf 'SET k ' && x 1000000 && echo; } | talk | is OK
+    ask 'SET small x' 'GET small' | is OK x
+}
+
+@test "a request for which there is no memory harms nobody else, and memory that it took is free again" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
+    start_kv --max-request 536870912
+    ask 'SET a 1' | is OK
+    memory_limit 100000000
+    for i in 1 2 3; do
+        { printf 'SET k ' && x 70000000 && echo; } | talk >"$tmp/out" || true
+        { printf '*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$70000000\r\n' && x 70000000 && printf '\r\n'; } | talk >>"$tmp/out" || true
+        not grep -v 'OOM out of memory' "$tmp/out" # OOM, or the end of the connection
+        ask 'GET a' 'EXISTS k' | is 1 0
+        { printf 'SET b ' && x 5000000 && echo; } | talk | is OK
+    done
 }
 
 memory_limit() { # BYTES: that much more than now
