@@ -1204,7 +1204,7 @@ end_trace() {
 @test "KEYS sees each key exactly once while the table grows" {
     start_kv -s 1
     rounds=6 && if [[ $sanitized ]]; then rounds=$((part > 1 ? 2 : 4)); fi
-    seq -f 'SET more:%.0f x' 15000 >"$tmp/in"
+    seq -f 'SET more:%.0f x' $((15000 / part)) >"$tmp/in"
     for ((round = 1; round <= rounds; round++)); do
         # An empty table grows anew.
         { echo FLUSHALL && seq -f 'SET base:%.0f x' 20; } | talk | uniq | is OK
@@ -1342,10 +1342,10 @@ END
 
 @test "a deadline that was taken away, moved or replaced leaves nothing behind" {
     start_kv
-    ask 'SET a 1 PX 300' 'SET a 2' 'SET b 1 PX 300' 'PERSIST b' 'SET c 1 PX 300' 'EXPIRE c 100' |
+    ask 'SET a 1 PX 1000' 'SET a 2' 'SET b 1 PX 1000' 'PERSIST b' 'SET c 1 PX 1000' 'EXPIRE c 100' |
         is OK OK OK 1 OK 1
-    ask 'SET d 1 PX 300' 'DEL d' 'SET d 2' 'SET e 1 PX 300' 'SET e 2 EX 100' 'SET f 1 PX 300' \
-        'SET f 2 KEEPTTL' 'SET g 5 PX 300' 'INCR g' | is OK 1 OK OK OK OK OK OK 6
+    ask 'SET d 1 PX 1000' 'DEL d' 'SET d 2' 'SET e 1 PX 1000' 'SET e 2 EX 100' 'SET f 1 PX 1000' \
+        'SET f 2 KEEPTTL' 'SET g 5 PX 1000' 'INCR g' | is OK 1 OK OK OK OK OK OK 6
     deadlines_are 4
     wait_until keys_are 5
     ask 'GET a' 'GET b' 'GET c' 'GET d' 'GET e' 'GET f' 'GET g' | is 2 1 1 2 2 '(nil)' '(nil)'
@@ -2387,11 +2387,11 @@ takes_input() {
     ask 'SELECT 0' 'SELECT 1' 'SELECT x' | is_like OK '\(error\) ERR .*' '\(error\) ERR .*'
 }
 
-@test "HELLO, COMMAND, CONFIG and CLIENT are unknown commands, and the connection goes on" {
+@test "COMMAND, CONFIG and CLIENT are unknown commands, and the connection goes on" {
     start_kv
-    { resp HELLO 3 && resp COMMAND DOCS && resp CONFIG GET save && resp CLIENT SETNAME x && resp PING; } |
-        talk | is_like $'-ERR unknown command .HELLO.*' $'-ERR unknown command .COMMAND.*' \
-        $'-ERR unknown command .CONFIG.*' $'-ERR unknown command .CLIENT.*' $'\\+PONG\r'
+    { resp COMMAND DOCS && resp CONFIG GET save && resp CLIENT SETNAME x && resp PING; } |
+        talk | is_like $'-ERR unknown command .COMMAND.*' $'-ERR unknown command .CONFIG.*' \
+        $'-ERR unknown command .CLIENT.*' $'\\+PONG\r'
 }
 
 @test "redis-cli works as a shell, without an error at the start" {
@@ -4713,7 +4713,7 @@ holds_all() { # $value and $ttl, of which some seconds may have gone
         unset 'helpers[-1]'
         echo "try $try: the slowest GET took $longest us, at an idle server $usual us"
         # 5 ms for the reply, twice if the lock is taken again at once, and some for a busy machine.
-        if ((longest - usual < (${#sanitized} ? 200000 : 15000))); then return 0; fi
+        if ((longest - usual < (${#sanitized} ? 2000000 : 15000))); then return 0; fi
     done
     false
 }
