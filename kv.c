@@ -1681,6 +1681,7 @@ static bool cmd_info(struct conn *c) {
         {"Server", "uptime_in_seconds", NULL, (monotonic_us() - started_us) / 1000000},
         {"Clients", "connected_clients", NULL, clients},
         {"Clients", "maxclients", NULL, opt.max_clients},
+        {"Clients", "blocked_clients", NULL, 0}, /* redis-cli --stat wants it */
         {"Memory", "used_memory", NULL, (int64_t)table.bytes},
         {"Persistence", "loading", NULL, 0},
         {"Persistence", "aof_enabled", NULL, opt.aof ? 1 : 0},
