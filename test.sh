@@ -4610,6 +4610,402 @@ holds_all() { # $value and $ttl, of which some seconds may have gone
     echo "it did not fit $failed times"
     ((failed > 0))
 }
+
+# ==========================================================================================
+# Append-only file: compaction
+# ==========================================================================================
+
+inode() { stat -L -c %i "$1"; } # FILE
+
+# A file of 13 records, which are five keys.
+file_to_compact() { # sets $old to its inode
+    start_aof
+    ask 'SET a 1' 'SET b 2' 'SET c 3 PXAT 9999999999999' 'SET d 4' "SET big $(x 20000)" >"$tmp/out"
+    yes 'INCR n' | head -n 7 | talk >>"$tmp/out"
+    ask 'DEL d' | is 1
+    stop_kv
+    old=$(inode "$tmp/aof")
+}
+
+holds_five() { ask 'GET a' 'GET b' 'GET c' 'EXISTS d' 'GET n' DBSIZE 'GET big' | is 1 2 3 0 7 5 "$(x 20000)"; }
+
+@test "a counter that was incremented 100,000 times is one record after the next start" {
+    start_aof --fsync no
+    n=$((100000 / part))
+    yes 'INCR n' | head -n "$n" | talk | tail -n 1 | is "$n"
+    restart
+    { new_file && { resp FLUSHALL && resp SET n "$n"; } | batch; } | cmp - "$tmp/aof"
+    not grep -E 'WARN|ERROR' "$log"
+    ask 'INCR n' DBSIZE | is "$((n + 1))" 1
+    restart
+    ask 'INCR n' DBSIZE | is "$((n + 2))" 1
+    ask FLUSHALL | is OK
+    restart
+    { new_file && resp FLUSHALL | batch; } | cmp - "$tmp/aof"
+    ask DBSIZE | is 0
+}
+
+# Of each key three records; the values are binary, empty, like a checksum line, and of 1 MB.
+@test "a compaction keeps all values and deadlines, also binary and big ones, and drops what has passed" {
+    command -v redis-cli || skip "redis-cli is missing: make deps installs it"
+    later=$(deadline)
+    start_aof --fsync no
+    {
+        for pass in 1 2 3; do
+            awk -v later="$later" -v pass="$pass" 'BEGIN {
+                for (i = 0; i < 3000; i++) {
+                    print "SET", "k" i, "v" i * pass
+                    if (i % 3) printf "SET t%d %d PXAT %.0f\n", i, i * pass, later + i * 10000
+                }
+                for (i = 0; i < 3000; i += 10) printf "PEXPIREAT k%d %.0f\nPERSIST t%d\n", i, later, i
+            }'
+            printf '%s\n' 'SET "" ""' 'SET line "\r\n#SUM:0123456789abcdef\r\n*1\r\n"' \
+                "SET last 1 PXAT 9223372036854775806" "SET gone 1 PXAT $(($(now_ms) + 10000))"
+            (quickly every_byte '"<\\x%02x>"\n') | sed 's/.*/SET & &/'
+            printf 'SET big "' && yes "$(quickly every_byte '\\x%02x')" | head -n 4096 | tr -d '\n' && printf '"\n'
+        done
+        echo 'PEXPIRE gone 1'
+    } | talk >"$tmp/out"
+    not grep -q error "$tmp/out"
+    wait_until value_is gone '(nil)'
+    keys
+    (($(wc -l <"$tmp/keys") > 5000))
+    contents >"$tmp/before"
+    (($(wc -c <"$tmp/before") > 1048576))
+    old=$(inode "$tmp/aof") size=$(size_of "$tmp/aof")
+    for shards in 1 32; do # both read it, and so does the one that has compacted it
+        stop_kv
+        start_aof -s "$shards"
+        contents | cmp - "$tmp/before"
+        (($(inode "$tmp/aof") != old && $(size_of "$tmp/aof") < size / 2))
+        not grep -a '^gone' "$tmp/aof"
+    done
+}
+
+@test "a file that holds no more than two records for each key is left alone, also after a compaction" {
+    start_aof
+    for request in 'SET a 1' 'SET b 1' 'SET c 1' 'SET a 2' 'SET b 2' 'SET c 2'; do ask "$request"; done
+    stop_kv
+    old=$(inode "$tmp/aof")
+    cp "$tmp/aof" "$tmp/copy"
+    start_aof
+    cmp "$tmp/aof" "$tmp/copy"
+    (($(inode "$tmp/aof") == old))
+    ask 'SET a 3' 'SET b 3' 'SET c 3' | is OK OK OK
+    stop_kv
+    for i in 1 2 3; do
+        start_aof
+        if ((i == 1)); then
+            (($(inode "$tmp/aof") != old))
+            old=$(inode "$tmp/aof")
+        fi
+        (($(inode "$tmp/aof") == old))
+        ask 'GET a' 'GET b' 'GET c' DBSIZE | is 3 3 3 3
+        stop_kv
+    done
+    rm "$tmp/aof"
+    start_aof # and so is one that holds nothing
+    old=$(inode "$tmp/aof")
+    restart
+    (($(inode "$tmp/aof") == old))
+}
+
+# Whether a start cannot replace the file, says why, and serves all the same.
+serves_from_old() { # REASON
+    (($(inode "$tmp/aof") == old)) || { echo 'the file is another one' && return 1; }
+    grep "WARN .*$tmp/aof.*not compacted: $1" "$log" || return 1
+    holds_five && ask 'SET d 5' 'DEL d' | is OK 1
+}
+
+@test "a start that cannot write the new file serves from the old one and says so" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    plain=("${leash[@]}")
+    file_to_compact
+    mkdir "$tmp/aof.compact" # in its place
+    start_aof
+    serves_from_old .
+    rmdir "$tmp/aof.compact"
+    stop_kv
+    for limit in 2000 20100; do # the log is smaller, and goes on
+        leash=("${plain[@]}" prlimit --fsize="$limit":)
+        start_aof
+        more_room
+        leash=("${plain[@]}")
+        serves_from_old 'File too large'
+        [[ ! -e $tmp/aof.compact ]]
+        refuses 1 'in use' -p 0 --aof "$tmp/aof"
+        stop_kv
+    done
+    chmod a-w "$tmp" # which is no obstacle to root, unless it loses that right
+    if ((EUID == 0)); then leash+=(setpriv --bounding-set=-dac_override --inh-caps=-dac_override); fi
+    : >"$log"
+    start_aof
+    chmod u+w "$tmp"
+    leash=("${plain[@]}")
+    serves_from_old 'Permission denied'
+    stop_kv
+    start_aof # at last it can
+    (($(inode "$tmp/aof") != old))
+    holds_five
+}
+
+@test "a file that is mounted, and so cannot be replaced, serves as it is" {
+    for way in 'unshare -m' 'unshare -Urm'; do
+        # shellcheck disable=SC2086  # words are what this is about
+        if ! $way true; then continue; fi
+        file_to_compact
+        plain=("${leash[@]}")
+        # shellcheck disable=SC2206  # the same
+        leash+=($way bash -c 'mount --bind "$1" "$1" && shift && exec "$@"' - "$tmp/aof")
+        start_aof
+        leash=("${plain[@]}")
+        serves_from_old 'Device or resource busy'
+        [[ ! -e $tmp/aof.compact ]]
+        stop_kv
+        start_aof
+        holds_five
+        break
+    done
+}
+
+# A file of 10,000 values of 2,000 bytes and a counter with 30,000 records: most of a start on it
+# is the compaction.
+file_slow_to_compact() { # sets $old to its inode; $tmp/look asks for all, $tmp/expected are the answers
+    local n=$((10000 / part))
+    start_aof --fsync no
+    awk -v n="$n" -v x="$(x 2000)" 'BEGIN {
+        for (i = 0; i < n; i++) print "SET", "k" i, i x
+        for (i = 0; i < 3 * n; i++) print "INCR n"
+    }' | talk >"$tmp/out"
+    tail -n 1 "$tmp/out" | is "$((3 * n))"
+    { seq -f 'GET k%.0f' 0 $((n - 1)) && echo 'GET n' && echo DBSIZE; } >"$tmp/look"
+    talk <"$tmp/look" >"$tmp/expected"
+    tail -n 2 "$tmp/expected" | is "$((3 * n))" "$((n + 1))"
+    stop_kv
+    cp "$tmp/aof" "$tmp/original"
+    old=$(inode "$tmp/aof")
+}
+
+# Starts a server that is compacting its file then, or has just done so.
+start_compacting() {
+    : >"$log"
+    "${leash[@]}" "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>>"$log" 3>&- 4>&- &
+    pid=$!
+    wait_until_quick compacting
+}
+
+compacting() { [[ -e $tmp/aof.compact ]] || ended || grep -q listening "$log"; }
+
+# Looks all the time, for moments count here.
+wait_until_quick() { # COMMAND...
+    local end=$((SECONDS + 20))
+    until "$@"; do ((SECONDS < end)) || return 1; done
+}
+
+# Whether the file is the old one, untouched, or a new one that has everything in it; then makes
+# it the old one again.
+old_or_new() { # counts them in $olds and $news
+    if (($(inode "$tmp/aof") == old)); then
+        olds=$((olds + 1))
+        cmp "$tmp/aof" "$tmp/original" && return
+    fi
+    news=$((news + 1))
+    start_aof || return 1
+    talk <"$tmp/look" | cmp - "$tmp/expected" || return 1
+    stop_kv KILL
+    (($(size_of "$tmp/aof") < $(size_of "$tmp/original"))) || return 1
+    cp "$tmp/original" "$tmp/restored"
+    mv "$tmp/restored" "$tmp/aof"
+    old=$(inode "$tmp/aof")
+}
+
+# Each round waits for a random part of the time that a compaction takes.
+@test "kill -9 at any moment of a compaction leaves the old file or the new one, whole" {
+    file_slow_to_compact
+    start_compacting
+    start=$(now_ms)
+    wait_until_quick listening
+    lasts=$(($(now_ms) - start)) olds=0 news=0
+    stop_kv KILL
+    old_or_new
+    ((news == 1))
+    echo "a compaction takes $lasts ms"
+    kills=30 && if [[ $sanitized ]]; then kills=8; fi
+    leftovers=0
+    for ((kill = 0; kill < kills; kill++)); do
+        ms=$((RANDOM % (lasts + 1)))
+        printf -v pause %d.%03d $((ms / 1000)) $((ms % 1000))
+        start_compacting
+        sleep "$pause"
+        stop_kv KILL
+        if [[ -e $tmp/aof.compact ]]; then leftovers=$((leftovers + 1)); fi
+        old_or_new
+    done
+    echo "$olds times the old file, $news times the new one; $leftovers leftovers"
+    ((olds > 0 && leftovers > 0)) # or else the moments were not within it
+    start_aof # whatever the last one has left
+    [[ ! -e $tmp/aof.compact ]]
+    talk <"$tmp/look" | cmp - "$tmp/expected"
+}
+
+@test "SIGTERM during a compaction ends kv with status 0 and the old file or the new one" {
+    file_slow_to_compact
+    olds=0 news=0 amid=0
+    for pause in 0 0 0.02 0.05 0.1 0.2; do
+        start_compacting
+        sleep "$pause"
+        if [[ -e $tmp/aof.compact ]]; then amid=$((amid + 1)); fi
+        stop_kv
+        ((status == 0 && took < (${#sanitized} ? 8000 : 3000)))
+        not grep ERROR "$log"
+        [[ ! -e $tmp/aof.compact ]]
+        old_or_new
+    done
+    echo "$olds times the old file, $news times the new one; $amid signals came amid it"
+    ((olds > 0 && amid > 0))
+}
+
+@test "a leftover of a compaction is removed by the next one, whatever it is" {
+    for leftover in file link hole; do
+        file_to_compact
+        case $leftover in
+            file) printf 'SET a 666\r\n' >"$tmp/aof.compact" ;;
+            link)
+                echo precious >"$tmp/other"
+                ln -s other "$tmp/aof.compact"
+                ;;
+            hole) truncate -s 1G "$tmp/aof.compact" && chmod 0 "$tmp/aof.compact" ;;
+        esac
+        start_aof
+        [[ ! -e $tmp/aof.compact && ! -L $tmp/aof.compact ]]
+        (($(inode "$tmp/aof") != old))
+        holds_five
+        stop_kv
+        rm "$tmp/aof"
+    done
+    is precious <"$tmp/other"
+}
+
+@test "a compaction keeps the mode of the file and a symbolic link to it" {
+    mkdir "$tmp/data"
+    start_kv --aof "$tmp/data/file"
+    for i in {1..5}; do ask 'INCR n' | is "$i"; done
+    stop_kv
+    chmod 640 "$tmp/data/file"
+    old=$(inode "$tmp/data/file")
+    ln -s data/file "$tmp/link"
+    ln -s link "$tmp/aof"
+    umask 077
+    start_aof
+    (($(inode "$tmp/data/file") != old && $(inode "$tmp/aof") != old))
+    stat -c %a "$tmp/data/file" | is 640
+    readlink "$tmp/aof" "$tmp/link" | is link data/file
+    find "$tmp/data" -mindepth 1 -printf '%f\n' | is file
+    ask 'INCR n' | is 6
+    restart
+    ask 'GET n' | is 6
+}
+
+@test "a file of two names, hard links, is not compacted" {
+    file_to_compact
+    ln "$tmp/aof" "$tmp/backup"
+    cp "$tmp/aof" "$tmp/copy"
+    start_aof
+    (($(inode "$tmp/aof") == old && $(inode "$tmp/backup") == old))
+    cmp "$tmp/aof" "$tmp/copy"
+    [[ ! -e $tmp/aof.compact ]]
+    holds_five
+    ask 'INCR n' | is 8
+    stop_kv
+    cmp "$tmp/aof" "$tmp/backup"
+    rm "$tmp/backup"
+    start_aof
+    (($(inode "$tmp/aof") != old))
+}
+
+@test "another kv is refused while a file is compacted, and afterwards, when it is another file" {
+    file_slow_to_compact
+    start_compacting
+    kill -STOP "$pid"
+    caught=0 && if [[ -e $tmp/aof.compact ]]; then caught=1; fi
+    (for i in 1 2; do refuses 1 'in use' -p 0 --aof "$tmp/aof" || exit 1; done) || caught='another kv'
+    kill -CONT "$pid"
+    [[ $caught = 1 ]] # or else it was too fast to be stopped amid the compaction
+    wait_until listening
+    (($(inode "$tmp/aof") != old))
+    for i in 1 2; do
+        refuses 1 'in use' -p 0 --aof "$tmp/aof"
+        ask 'INCR new' | is "$i"
+    done
+    talk <"$tmp/look" | head -n -1 | cmp - <(head -n -1 "$tmp/expected")
+}
+
+@test "another kv that has opened the file before a compaction, and locks it afterwards, is refused" {
+    command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
+    export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
+    file_to_compact
+    "${leash[@]}" strace -D -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=3000000 \
+        "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>"$tmp/second" 3>&- 4>&- &
+    second=$!
+    helpers+=("$second")
+    wait_until has_file "$second"
+    start_aof
+    (($(inode "$tmp/aof") != old))
+    ask 'INCR n' | is 8
+    wait_until gone "$second"
+    is_like "${log_lines}.*$tmp/aof.*in use.*" <"$tmp/second"
+    ask 'INCR n' | is 9
+    restart
+    ask 'GET n' DBSIZE | is 9 5
+}
+
+@test "real Redis loads a compacted file and holds the same keys, values and deadlines" {
+    command -v redis-server || skip "redis-server is missing: make deps-all installs it"
+    later=$(deadline)
+    start_aof
+    for pass in 1 2 3; do
+        for i in {1..300}; do echo "SET k$i v$i" && echo "SET t$i $pass PXAT $((later + i * 100000))"; done
+        printf '%s\n' 'SET "" ""' 'SET line "\r\n#SUM:0123456789abcdef\r\n*1\r\n"' "SET big $(x 200000)"
+        # Without quotes, which redis-cli reads in its own way.
+        (quickly every_byte '"<\\x%02x>"\n') | sed '/x2[27]/d; s/.*/SET & &/'
+    done | talk >"$tmp/out"
+    not grep error "$tmp/out"
+    old=$(inode "$tmp/aof")
+    restart
+    (($(inode "$tmp/aof") != old))
+    ask 'INCR n' 'PERSIST t1' 'DEL k1' | is 1 1 1
+    keys
+    (($(wc -l <"$tmp/keys") > 800))
+    contents >"$tmp/before"
+    stop_kv
+    mkdir "$tmp/redis"
+    cp "$tmp/aof" "$tmp/redis/"
+    start_redis --dir "$tmp/redis" --appendonly yes --appendfilename aof
+    not grep -iE 'error|bad|truncated' "$tmp/redis.log"
+    contents "$redis_port" | cmp - "$tmp/before"
+}
+
+@test "who follows the file by its name begins anew with a compacted one" {
+    start_kv
+    second=$port second_pid=$pid
+    helpers+=("$pid")
+    file_to_compact
+    mkfifo "$tmp/pipe"
+    background bash -c 'exec tail -c +1 -F "$1" >"$2"' - "$tmp/aof" "$tmp/pipe"
+    background bash -c 'exec nc 127.0.0.1 "$1" <"$2" >/dev/null' - "$second" "$tmp/pipe"
+    wait_until second_has d '(nil)'
+    wait_until second_has n 7
+    printf 'SET old 1\n' | port=$second talk | is OK # which the new file does not have
+    start_aof
+    (($(inode "$tmp/aof") != old))
+    ask 'INCR n' | is 8
+    wait_until second_has n 8
+    port=$second ask 'GET a' 'GET c' 'GET old' DBSIZE | is 1 3 '(nil)' 5
+    kill "$second_pid" && wait "$second_pid"
+}
+
+second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
+
 # ==========================================================================================
 # More abuse
 # ==========================================================================================
