@@ -637,7 +637,7 @@ static char *quote(char *to, struct slice s) {
 /* What an error or the log repeats of a client's word: quoted where needed, and cut. */
 static struct text show(struct slice word) {
     enum { MAX_SHOWN = 64 };
-    struct text out;
+    struct text out = {""};
     struct slice cut = {word.p, word.len < MAX_SHOWN ? word.len : MAX_SHOWN};
     char *end = out.text;
     if (needs_quotes(cut, true)) end = quote(end, cut);
@@ -2033,17 +2033,17 @@ static struct {
     struct buf gathered;  /* records, and room for the checksum line behind them */
     uint64_t end;         /* the last record */
 
-    pthread_rwlock_t writer; /* its writer has the next three, and writes the file */
-    struct buf batch;   /* on its way to the file; empty, unless a write has failed */
-    size_t written;     /* so many of its bytes are there */
-    uint64_t batch_end; /* its last record */
+    pthread_mutex_t writer; /* guards the next three, and writing */
+    struct buf batch;       /* on its way to the file; empty, unless a write has failed */
+    size_t written;         /* so many of its bytes are there */
+    uint64_t batch_end;     /* its last record */
 
     atomic_uint_fast64_t safe; /* replies that reveal records up to this one may go out */
     atomic_bool broken;        /* the last write has failed */
 } aof = {
     .fd = -1,
     .lock = PTHREAD_MUTEX_INITIALIZER,
-    .writer = PTHREAD_RWLOCK_INITIALIZER,
+    .writer = PTHREAD_MUTEX_INITIALIZER,
 };
 
 static bool aof_is_broken(void) { return aof.broken; }
@@ -2142,28 +2142,28 @@ static bool write_batch(void) {
     return true;
 }
 
-/* An fsync takes long, and many records can share one. So the thread that writes first
-   lets others run and append, for JOIN_US at most. */
-static void let_others_append(void) {
+/* An fsync takes long, and many records can share one. So before it a thread lets others
+   run and append, for JOIN_US or until there is nothing left to do for it. */
+static void let_others_append(const struct conn *c) {
     enum { JOIN_US = 500, YIELDS = 10 };
     int64_t end = monotonic_us() + JOIN_US;
-    for (int i = 0; i < YIELDS && monotonic_us() < end; i++) sched_yield();
+    for (int i = 0; i < YIELDS && aof.safe < c->seen && monotonic_us() < end; i++)
+        sched_yield();
 }
 
 /* Waits until the records that c has seen are safe. Group commit: the first thread that
-   comes writes for all that have come. Those that come meanwhile wait for its lock as
-   readers, so that all of them go on at once when it is done; the first of them whose
-   records are not safe yet is the next to write. Returns false when writing fails. */
+   comes writes for all that have come. Those that come meanwhile wait for the lock; the
+   first of them writes for all of them, and the others find it done. Returns false when
+   writing fails. */
 static bool aof_commit(const struct conn *c) {
-    while (aof.safe < c->seen && !aof.broken) {
-        if (pthread_rwlock_trywrlock(&aof.writer) == 0) {
-            if (fsync_policy == FSYNC_ALWAYS) let_others_append();
-            if (aof.safe < c->seen && !aof.broken) write_batch();
-        } else {
-            pthread_rwlock_rdlock(&aof.writer); /* waits for the thread that writes */
-        }
-        pthread_rwlock_unlock(&aof.writer);
-    }
+    if (aof.safe >= c->seen) return true;
+    if (aof.broken) return false;
+    if (fsync_policy == FSYNC_ALWAYS) let_others_append(c);
+    pthread_mutex_lock(&aof.writer);
+    /* Not broken, so batch is empty, and write_batch takes all that has gathered: what c
+       has seen is in it, and one call is enough. */
+    if (aof.safe < c->seen && !aof.broken) write_batch();
+    pthread_mutex_unlock(&aof.writer);
     return aof.safe >= c->seen;
 }
 
@@ -2174,9 +2174,9 @@ static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
     pthread_mutex_unlock(&aof.lock);
-    pthread_rwlock_wrlock(&aof.writer);
+    pthread_mutex_lock(&aof.writer);
     while (ok && aof.safe < end) ok = write_batch();
-    pthread_rwlock_unlock(&aof.writer);
+    pthread_mutex_unlock(&aof.writer);
     return ok;
 }
 
@@ -2184,7 +2184,7 @@ static bool aof_write_all(void) {
    with --fsync everysec flushes what was written to the disk. */
 static void aof_tick(void) {
     static uint64_t synced;
-    if (aof.broken) aof_write_all(); /* else each thread has written what it appended */
+    aof_write_all();
     uint64_t safe = aof.safe;
     if (fsync_policy != FSYNC_EVERYSEC || safe == synced) return;
     if (!sync_file(aof.fd)) die_of_aof("fsync");
