@@ -230,10 +230,9 @@ no_thread_is_ending() {
 }
 
 process_kb() { # VmRSS|VmHWM|VmSize: of the server, in KiB; VmHWM is the most VmRSS ever was
-    local name kb
-    while read -r name kb _; do
-        if [[ $name = "$1:" ]]; then echo "$kb"; fi
-    done <"/proc/$pid/status"
+    local status
+    status=$(cat "/proc/$pid/status") # at once, for it may change between two reads
+    [[ $status =~ $1:[[:space:]]*([0-9]+) ]] && echo "${BASH_REMATCH[1]}"
 }
 
 # Whether the server takes less memory than that. A sanitizer's share hides kv's.
