@@ -99,8 +99,13 @@ deps: ## install what the tests need: bats 1.8 or newer, nc, redis-cli
 
 deps-all: deps ## and what make lint, make cross, .ci/run and comparisons with Redis need
 	@$(call install,gcc clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
-	    strace redis-server python3-redis gnuplot-nox patch $(CROSS_DEPS),llvm cppcheck shellcheck cloc)
+	    strace redis-server python3-redis prometheus-redis-exporter gnuplot-nox patch \
+	    $(CROSS_DEPS),llvm cppcheck shellcheck cloc)
 	@$(call install,libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev,llvm)
+	@command -v npm >/dev/null || { $(call install,npm,node); }
+	@[ -d $(KV_NODE)/node_modules/ioredis ] || npm install --prefix $(KV_NODE) --no-audit --no-fund \
+	    --ignore-scripts --loglevel=error ioredis@6
+KV_NODE   ?= $(HOME)/.cache/kv-node# where a test finds a client library for node
 CROSS_DEPS = qemu-user $(CROSS:%=gcc-%) libc6-dev-arm64-cross libc6-dev-armhf-cross libc6-dev-s390x-cross
 
 # Debian starts the service of a package that it installs, unless a policy says no.

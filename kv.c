@@ -198,8 +198,8 @@ static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
 /* Logs an error and ends the program. */
 #define die(status, ...) (say(ERROR, __VA_ARGS__), exit(status))
 
-/* Whether no earlier call with the same last was in this second. It limits the log lines
-   that strangers can provoke to one a second. */
+/* Whether this is the first call in this second; last remembers the second of the
+   previous call. It limits the log lines that strangers can provoke to one a second. */
 static bool is_first_this_second(atomic_llong *last) {
     long long second = 1 + monotonic_us() / 1000000; /* *last starts with 0 */
     return atomic_exchange(last, second) != second;
@@ -277,9 +277,9 @@ struct buf {
     bool failed;
 };
 
-/* A buffer begins with SMALL_BUF bytes. Replies are sent when IO_CHUNK bytes of them have
-   gathered, and a read takes about as many. */
-enum { SMALL_BUF = 512, IO_CHUNK = 65536 };
+/* A buffer begins with SMALL_BUF bytes. A read has room for at least MIN_READ bytes.
+   Replies are sent when IO_CHUNK bytes of them have gathered. */
+enum { SMALL_BUF = 512, MIN_READ = 1024, IO_CHUNK = 65536 };
 
 /* Makes room for n more bytes and returns where they go, or NULL when memory is out. The
    capacity doubles, so that in the long run each byte is copied about once. */
@@ -322,7 +322,7 @@ static void buf_add_header(struct buf *b, char type, size_t n) {
 
 /* Frees the memory of a buffer that is empty and has become large. */
 static void buf_slim(struct buf *b) {
-    if (b->len > 0 || b->cap <= 2 * SMALL_BUF) return;
+    if (b->len > 0 || b->cap <= MIN_READ) return;
     free(b->p);
     *b = (struct buf){.failed = b->failed};
 }
@@ -595,8 +595,8 @@ static bool next_request(struct conn *c) {
    others true. So a command can end with return reply_...(). */
 
 /* Whether a reply must quote s: without quotes it could be taken for an error, the
-   end of a list or a quoted value. as_word: also if s, sent back bare in a request,
-   would not be one word. */
+   end of a list or a quoted value. as_word: also what without quotes would not be
+   one word of a request. */
 static bool needs_quotes(struct slice s, bool as_word) {
     if (s.len == 0) return true;
     char first = s.p[0], last = s.p[s.len - 1];
@@ -637,7 +637,7 @@ static char *quote(char *to, struct slice s) {
 /* What an error or the log repeats of a client's word: quoted where needed, and cut. */
 static struct text show(struct slice word) {
     enum { MAX_SHOWN = 64 };
-    struct text out;
+    struct text out = {""};
     struct slice cut = {word.p, word.len < MAX_SHOWN ? word.len : MAX_SHOWN};
     char *end = out.text;
     if (needs_quotes(cut, true)) end = quote(end, cut);
@@ -1053,8 +1053,8 @@ struct command {
    with --fsync always on the disk. Before a reply is sent, the records that it reveals
    must be safe, also when another client wrote them: if B reads what A has stored, and a
    crash then undoes it, B knows something that never was. c->seen is the last record that
-   must be safe. Its number goes this way: aof_append, shard->appended, note_seen, c->seen,
-   aof_commit. */
+   must be safe. Its number goes from aof_append by way of shard->appended, note_seen and
+   c->seen to aof_commit. */
 
 /* Appends a record of n words, and sets *number to its number; without --aof does
    nothing. Returns false when memory is out. */
@@ -1322,7 +1322,7 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 /* --- All keys ----------------------------------------------------------------------- */
 
 /* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
-   it, too. [a-] is the range from a to ], and the class goes on, as in Redis.
+   it, too. In [a-] the ] is the end of a range and does not close the class: so in Redis.
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1353,16 +1353,19 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. Where an item does not match, it goes back to the
-   last star, which takes one byte more. It need not go back to a star before that
-   one: the earlier star took as little as it could, so it left the most bytes for
-   what follows. So the time is at most the product of both lengths, never
-   exponential. *a*b and xaxab:
+/* Whether s matches a glob pattern. On a mismatch the search goes back to the last star,
+   which takes one byte more. It need not go back to an earlier star: if there is a match
+   in which that one takes more, there is also one in which it takes no more and the last
+   star does instead. So the time is at most the product of both lengths. *a*b and xaxab:
 
-        x is no a, so the first star takes x;  a matches a;  x is no b, so the second star
-        takes x;  a is no b, so it takes a, too;  b matches b.
+        byte    item
+         x       a      no: back, the first star takes x
+         a       a      yes; then the second star, which takes nothing yet
+         x       b      no: back, the second star takes x
+         a       b      no: back, it takes a, too
+         b       b      yes: the end of both
 
-   Once the server gives up nothing matches any more. */
+   Once the server gives up, this goes back no more: KEYS then sends no list. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *star = NULL; /* what is behind the last star */
@@ -1678,6 +1681,7 @@ static bool cmd_info(struct conn *c) {
         {"Server", "uptime_in_seconds", NULL, (monotonic_us() - started_us) / 1000000},
         {"Clients", "connected_clients", NULL, clients},
         {"Clients", "maxclients", NULL, opt.max_clients},
+        {"Clients", "blocked_clients", NULL, 0}, /* redis-cli --stat wants it */
         {"Memory", "used_memory", NULL, (int64_t)table.bytes},
         {"Persistence", "loading", NULL, 0},
         {"Persistence", "aof_enabled", NULL, opt.aof ? 1 : 0},
@@ -1848,24 +1852,7 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-/* Lets other threads run first that want the processor, and returns whether that is a
-   good idea. kv's own threads need it for some 5 us each, 256 of them for 1.3 ms.
-   Another program takes a time slice of 3 ms or more. So after a yield of more than
-   SLOW_US the next PAUSE calls for this connection do nothing and return false: the
-   caller blocks. */
-static bool yield(struct conn *c) {
-    enum { SLOW_US = 2500, PAUSE = 200 };
-    if (c->no_yields > 0) {
-        c->no_yields--;
-        return false;
-    }
-    int64_t start = monotonic_us();
-    sched_yield();
-    if (monotonic_us() - start > SLOW_US) c->no_yields = PAUSE;
-    return c->no_yields == 0;
-}
-
-static bool aof_commit(struct conn *c);
+static bool aof_commit(const struct conn *c);
 
 /* Replaces all replies by MISCONF, in the form of the last request. */
 static void replace_replies(struct conn *c) {
@@ -1900,7 +1887,7 @@ static void send_replies(struct conn *c) {
 /* Reads once and appends to c->in. Returns recv's result; a signal does not interrupt. */
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
-    char *to = buf_reserve(in, 2 * SMALL_BUF);
+    char *to = buf_reserve(in, MIN_READ);
     errno = ENOMEM;
     ssize_t n = -1;
     while (to && n < 0) {
@@ -1910,11 +1897,27 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Looks for input up to LOOKS times without blocking, and yields before each look.
-   Waking a thread that blocks costs more than some looks, so a client that soon asks
-   again gets its reply sooner. With more than FEW_CLIENTS it does not look, for then
-   there is mostly another client to serve. Returns what recv does, or -1 and EAGAIN
-   for no input. */
+/* A thread that waits can block, or yield again and again and look in between. Waking
+   a thread that blocks costs more than some looks. But where other programs want the
+   processor, each yield gives them a time slice of 3 ms or more. (kv's own threads
+   need some 5 us each, 256 of them 1.3 ms.) So this yields, and returns false if that
+   took more than SLOW_US. After that its next PAUSE calls for this connection only
+   return false. */
+static bool yield(struct conn *c) {
+    enum { SLOW_US = 2500, PAUSE = 200 };
+    if (c->no_yields > 0) {
+        c->no_yields--;
+        return false;
+    }
+    int64_t start = monotonic_us();
+    sched_yield();
+    if (monotonic_us() - start > SLOW_US) c->no_yields = PAUSE;
+    return c->no_yields == 0;
+}
+
+/* Looks for input up to LOOKS times without blocking, and yields before each look. With
+   more than FEW_CLIENTS it does not look, for then there is mostly another client to
+   serve. Returns what recv does, or -1 and EAGAIN for no input. */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -1927,8 +1930,8 @@ static ssize_t look_for_input(struct conn *c) {
     return n;
 }
 
-/* There is no more input. If the client has ended it, and not the server because it
-   stops, this tells the client about a line that has no end. */
+/* There is no more input. If the client ended it, and not our own shutdown, this tells it
+   about a line that has no end. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
     bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
@@ -2026,9 +2029,9 @@ static void *conn_main(void *arg) {
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
-    pthread_mutex_t lock;     /* guards the next two; end is read without it, too */
-    struct buf gathered;      /* records, and room for the checksum line behind them */
-    atomic_uint_fast64_t end; /* the last record */
+    pthread_mutex_t lock; /* guards the next two */
+    struct buf gathered;  /* records, and room for the checksum line behind them */
+    uint64_t end;         /* the last record */
 
     pthread_mutex_t writer; /* guards the next three, and writing */
     struct buf batch;       /* on its way to the file; empty, unless a write has failed */
@@ -2139,26 +2142,26 @@ static bool write_batch(void) {
     return true;
 }
 
-/* An fsync takes long, and many records can share one. So other threads may run as
-   long as they append more. That ends, for each of them soon has to commit, too. */
-static void let_others_append(struct conn *c) {
-    uint64_t end = 0;
-    while (aof.end > end) {
-        end = aof.end;
-        if (!yield(c)) return;
-    }
+/* An fsync takes long, and many records can share one. So before it a thread lets others
+   run and append, for JOIN_US or until there is nothing left to do for it. */
+static void let_others_append(const struct conn *c) {
+    enum { JOIN_US = 500, YIELDS = 10 };
+    int64_t end = monotonic_us() + JOIN_US;
+    for (int i = 0; i < YIELDS && aof.safe < c->seen && monotonic_us() < end; i++)
+        sched_yield();
 }
 
 /* Waits until the records that c has seen are safe. Group commit: the first thread that
    comes writes for all that have come. Those that come meanwhile wait for the lock; the
    first of them writes for all of them, and the others find it done. Returns false when
    writing fails. */
-static bool aof_commit(struct conn *c) {
+static bool aof_commit(const struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
     if (fsync_policy == FSYNC_ALWAYS) let_others_append(c);
     pthread_mutex_lock(&aof.writer);
-    /* No failure has left a batch over, so the next one takes all there is. */
+    /* Not broken, so batch is empty, and write_batch takes all that has gathered: what c
+       has seen is in it, and one call is enough. */
     if (aof.safe < c->seen && !aof.broken) write_batch();
     pthread_mutex_unlock(&aof.writer);
     return aof.safe >= c->seen;
@@ -2168,7 +2171,9 @@ static bool aof_commit(struct conn *c) {
    Returns false if it fails again. */
 static bool aof_write_all(void) {
     bool ok = true;
+    pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
+    pthread_mutex_unlock(&aof.lock);
     pthread_mutex_lock(&aof.writer);
     while (ok && aof.safe < end) ok = write_batch();
     pthread_mutex_unlock(&aof.writer);
@@ -2202,8 +2207,8 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if nothing from start on looks like a checksum line. A value that looks
-   like one makes a torn file pass for damaged: a person decides then. */
+   It is torn if nothing from start on looks like a checksum line. If a value contains
+   such a line, a torn file is reported as damaged, and a person decides. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -2212,8 +2217,8 @@ static bool is_torn(struct slice file, size_t start) {
 }
 
 /* Returns the checksum line that ends the batch at start. Returns NULL if it is not
-   right, or if there is none. c->in may be a map of the file, for take_array does not
-   change it. */
+   right, or if there is none. c->in is the file itself, mapped read-only: take_array
+   only reads it. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2328,7 +2333,7 @@ static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
     return add_record(b, record, deadline == NEVER ? 3 : 5);
 }
 
-/* Writes a file that makes all that is in the tables: an empty batch as the header,
+/* Writes a file whose replay gives the present tables: an empty batch as the header,
    then FLUSHALL, so that a program that follows the file by its name begins anew,
    then a SET for each key, in batches. No other thread runs yet. Returns false on
    failure, and when a signal asks for the end. */
@@ -2366,13 +2371,15 @@ static int write_compact(const char *name, const char *path, int old) {
     bool keeps_mode = fstat(old, &st) == 0 && fchmod(fd, st.st_mode & 07777) == 0;
     if (keeps_mode && write_tables(fd) && lock_file(fd) && rename(name, path) == 0)
         return fd;
+    int error = errno;
     unlink(name);
     close(fd);
+    errno = error;
     return -1;
 }
 
 /* Compacts the file at path, open as fd, if it holds more than twice the records that
-   its keys need. path is free of symbolic links, so those that lead there stay.
+   its keys need. path has no symbolic links, so the rename replaces the file, not a link.
    Returns the descriptor of the file that serves: the old one if it cannot be
    replaced, for that is no reason not to start. A crash leaves the old file or the
    new one, whole. */
@@ -2394,8 +2401,8 @@ static int compact(const char *path, int fd) {
     return compacted;
 }
 
-/* Opens and locks the file. Sets path to its name free of symbolic links, which has room
-   for PATH_MAX bytes. Returns its descriptor. */
+/* Opens and locks the file. Sets path, which has PATH_MAX bytes, to its real path.
+   Returns its descriptor. */
 static int open_and_lock(char *path) {
     struct stat opened, named;
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
@@ -2522,8 +2529,8 @@ static int listen_on(void) {
     int error = getaddrinfo(opt.bind, port, &hints, &all);
     if (error) die(2, "--bind %s: %s", opt.bind, gai_strerror(error));
     const struct addrinfo *a = all;
-    while (a && a->ai_family != AF_INET) a = a->ai_next;
-    if (!a) a = all;
+    while (a->ai_next && a->ai_family != AF_INET) a = a->ai_next;
+    if (a->ai_family != AF_INET) a = all;
     int fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
     if (fd < 0) die(1, "socket: %s", strerror(errno));
     set_option_of(fd, SOL_SOCKET, SO_REUSEADDR, 1);
@@ -2545,7 +2552,7 @@ static int listen_on(void) {
 /* Reads the first line of --password-file into password. Ends the program if that is not
    possible, or not wise. */
 static void read_password(void) {
-    struct stat st;
+    struct stat st = {0};
     FILE *f = fopen(opt.password_file, "r");
     size_t n = f ? fread(password, 1, sizeof password - 1, f) : 0;
     size_t len = strcspn(password, "\r\n");
@@ -2568,7 +2575,7 @@ static void on_signal(int number) {
     static atomic_llong first;
     long long now = monotonic_us(), none = 0;
     (void)number;
-    /* Sets first to now, if it is none. */
+    /* If first is still 0, sets it to now. */
     if (atomic_compare_exchange_strong(&first, &none, now)) stopping = ANSWERING;
     else if (now - first > 500000) _exit(1);
 }
@@ -2648,7 +2655,7 @@ static void stop_connections(void) {
     wait_for_threads(1000);
 }
 
-/* Accepts clients until a signal asks for the end, and then, for half a second at most,
+/* Accepts clients until a signal asks for the end, and then, for a second at most,
    those that had connected before. */
 static void accept_clients(int listener) {
     pthread_attr_t attributes;
@@ -2658,7 +2665,7 @@ static void accept_clients(int listener) {
         /* A signal may come just before poll begins, so poll does not wait long. */
         if (poll(&input, 1, 50) > 0) accept_client(listener, &attributes);
     }
-    int64_t end = monotonic_us() + 500000;
+    int64_t end = monotonic_us() + 1000000;
     while (poll(&input, 1, 0) > 0 && monotonic_us() < end)
         accept_client(listener, &attributes);
     close(listener);

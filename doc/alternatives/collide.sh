@@ -6,9 +6,9 @@ here=$(dirname "$0") kv=${KV_C:-kv.c}
 tmp=$(mktemp -d)
 trap 'rm -r "$tmp"' EXIT
 cp "$kv" "$tmp/kv.c"
-cc -std=c11 -D_POSIX_C_SOURCE=200809L -O2 -o "$tmp/siphash" "$tmp/kv.c" -pthread
+cc -std=c11 -D_XOPEN_SOURCE=700 -O2 -o "$tmp/siphash" "$tmp/kv.c" -pthread
 patch -s "$tmp/kv.c" "$here/fnv1a.patch"
-cc -std=c11 -D_POSIX_C_SOURCE=200809L -O2 -o "$tmp/fnv1a" "$tmp/kv.c" -pthread
+cc -std=c11 -D_XOPEN_SOURCE=700 -O2 -o "$tmp/fnv1a" "$tmp/kv.c" -pthread
 awk -v n=15 -f "$here/collide.awk" >"$tmp/keys"
 printf '%8s %10s %10s\n' keys SipHash FNV-1a
 for n in 1024 2048 4096 8192 16384 32768; do

@@ -2,7 +2,8 @@
    network cuts it, the replies are the same.
 
    The input: three bytes that say how to cut, when memory runs out ('0': never) and how
-   the end comes, then the stream. Byte 0xfe and one more, n, stand for 300 * n times x,
+   the end comes, whether memory stays out, whether there is a password and how time
+   moves, then the stream. Byte 0xfe and one more, n, stand for 300 * n times x,
    0xfd and n for 8 * n times " x". */
 #include "system.h"
 
@@ -12,7 +13,7 @@ static int run, last_errno;
 
 DRIVER static ssize_t from_client(char *to, size_t n, int flags) {
     size_t left = stream_len - stream_at, room = n;
-    CLAIM(locks == 0);
+    check_no_locks(false);
     if (chance && draw(8) == 0) return fails(EINTR);
     if (chance && flags && draw(2)) return fails(EAGAIN);
     if (left == 0 && last_errno && !flags) return fails(last_errno);
@@ -26,7 +27,7 @@ DRIVER static ssize_t from_client(char *to, size_t n, int flags) {
 }
 
 DRIVER static ssize_t to_client(const char *p, size_t n) {
-    CLAIM(locks == 0);
+    check_no_locks(false);
     if (chance && draw(8) == 0) return fails(EINTR);
     if (chance && draw(2)) n = draw((uint32_t)n) + 1;
     CLAIM(replies_len[run] + n <= sizeof replies[run]);
@@ -55,11 +56,10 @@ DRIVER static void expand(const uint8_t *data, size_t size) {
 DRIVER static void expire_all(void) {
     wall_ms += INT64_C(100) * 366 * 86400 * 1000;
     expiry_main(NULL);
-    stopping = 0;
-    for (struct shard *s = shards; s < shards + opt.shards; s++) {
-        check_table(&s->table);
+    stopping = SERVING;
+    check_tables();
+    for (struct shard *s = shards; s < shards + opt.shards; s++)
         if (s->table.heap_len) CLAIM(s->table.heap[1].when > wall_ms - wall_step);
-    }
 }
 
 DRIVER int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
@@ -71,16 +71,19 @@ DRIVER int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         chance = run ? data[0] | 256 : 0;
         last_errno = data[2] % 4 == 1 ? EAGAIN : data[2] % 4 == 2 ? ECONNRESET : 0;
         until_failure = failure;
+        stays_out = data[2] & 32;
         stream_at = replies_len[run] = 0;
         wall_ms = 1700000000000;
         wall_step = data[2] >> 6;
         strcpy(password, data[2] & 16 ? "p" : ""); /* then AUTH is needed */
-        connected = 1;
+        clients = threads = 1;
         conn_main(NULL);
         until_failure = 0;
-        for (long i = 0; i < opt.shards; i++) check_table(&shards[i].table);
+        CLAIM(clients == 0 && threads == 0);
+        check_tables();
         expire_all();
         free_tables();
+        forget();
     }
     if (failure || last_errno == ECONNRESET) return 0;
     CLAIM(replies_len[0] == replies_len[1]);
