@@ -3514,6 +3514,7 @@ abc() { ask 'GET a' 'GET b' 'GET c' DBSIZE; }
     files=()
     for ((size = ends[3]; size <= ends[6]; size++)); do
         head -c "$size" "$tmp/aof" >"$tmp/cut.$size"
+        ln "$tmp/cut.$size" "$tmp/name.$size" # a file of two names is not compacted
         files+=("$tmp/cut.$size")
     done
     start_each "${files[@]}"
