@@ -52,6 +52,17 @@ DRIVER static void expand(const uint8_t *data, size_t size) {
     }
 }
 
+/* Where a line is too long, the answer comes before its end, which alone says whether it
+   is CRLF. So this CR is not compared. */
+DRIVER static void drop_cr_of_refusal(void) {
+    static const char refusal[] = "too long\r\n";
+    size_t n = sizeof refusal - 1, len = replies_len[run];
+    char *end = replies[run] + len;
+    if (len < n || memcmp(end - n, refusal, n) != 0) return;
+    end[-2] = '\n';
+    replies_len[run]--;
+}
+
 /* A hundred years later the expiry thread leaves nothing that has a deadline before. */
 DRIVER static void expire_all(void) {
     wall_ms += INT64_C(100) * 366 * 86400 * 1000;
@@ -80,6 +91,7 @@ DRIVER int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         conn_main(NULL);
         until_failure = 0;
         CLAIM(clients == 0 && threads == 0);
+        drop_cr_of_refusal();
         check_tables();
         expire_all();
         free_tables();
