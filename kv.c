@@ -2239,7 +2239,8 @@ static void replay_record(struct conn *c) {
     c->argc = c->out.len = 0;
     bool ok = take_array(c) == COMPLETE && c->argc > 0 && run_request(c);
     aof.end++;
-    if (!ok || c->out.failed) {
+    if (c->out.failed) die(1, "%s: at byte %zu: out of memory", opt.aof, at);
+    if (!ok) {
         struct slice reply = {c->out.p, c->out.len};
         die(1, "%s: at byte %zu: %s", opt.aof, at,
             reply.len ? show(reply).text : "no record");
@@ -2260,6 +2261,10 @@ static size_t replay(struct slice file) {
     c.max_words = MAX_WORDS;
     int64_t next_report = monotonic_us() + 1000000;
     size_t good = 0;
+    /* Room for all words, so that what take_array refuses is wrong: memory is not out. */
+    c.argv = malloc(MAX_WORDS * sizeof *c.argv);
+    c.argv_room = MAX_WORDS;
+    if (!c.argv) die_of_aof("replay");
     while (good < file.len) {
         const char *sum_line = check_batch(&c, good);
         if (!sum_line && is_torn(file, good)) break;
