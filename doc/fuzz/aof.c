@@ -11,7 +11,7 @@
    file cut short.
 
    A file that is refused is not touched. Where kv says how to cut it, it loads after that;
-   it does not say so of a file that is not kv's. */
+   it does not say so of a file that is not kv's, or where only memory is out. */
 #include "system.h"
 
 enum {
@@ -256,7 +256,10 @@ DRIVER static void read_own(int what, int how, size_t at, bool late, bool mimics
         if (batches[i].end <= at) b = &batches[i];
     bool ok = load_at(b, late, crash);
     until_failure = chance = 0;
-    if (!ok && what == NO_MEMORY_READING) return;
+    if (!ok && what == NO_MEMORY_READING) {
+        CLAIM(strcasestr(logged, "memory") && advice() < 0);
+        return;
+    }
     if (!ok && crash > 0) ok = load_at(b, late, 0);
     else CLAIM(!ok || good_len == b->end);
     /* Before the last line a change must be found. A value can look like such a line;
