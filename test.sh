@@ -3425,10 +3425,13 @@ replay_requests='
 # latter rounded to 10 s because time passes between two looks; and how many keys it has in all.
 contents() { # [PORT]
     local now
+    # Unlike kv, redis-cli takes a quote within a plain word for the start of a quoted one.
+    sed '/^"/! { s/[\\"]/\\&/g; s/.*/"&"/; }' "$tmp/keys" >"$tmp/words"
     now=$(now_ms)
-    sed 's/.*/GET &/' "$tmp/keys" | redis-cli -p "${1:-$port}"
-    sed 's/.*/PTTL &/' "$tmp/keys" | redis-cli -p "${1:-$port}" |
-        awk -v now="$now" '{ print $1 < 0 ? $1 : int(($1 + now) / 10000) }'
+    sed 's/.*/GET &/' "$tmp/words" | redis-cli -p "${1:-$port}"
+    sed 's/.*/PTTL &/' "$tmp/words" | redis-cli -p "${1:-$port}" >"$tmp/pttls"
+    not grep -Evn '^-?[0-9]+$' "$tmp/pttls"
+    awk -v now="$now" '{ print $1 < 0 ? $1 : int(($1 + now) / 10000) }' "$tmp/pttls"
     redis-cli -p "${1:-$port}" DBSIZE
 }
 
