@@ -2963,6 +2963,37 @@ JAVASCRIPT
 # README.md
 # ==========================================================================================
 
+# Writes the examples of a page, in order, as $tmp/N.sh and what each prints as $tmp/N.expected. An
+# example begins with "$ ", and goes on in the next line behind a | or a backslash.
+examples_of() { # PAGE
+    awk -v tmp="$tmp" '
+        /^```console$/ { inside = 1; next }
+        /^```$/ { inside = goes_on = 0 }
+        !inside { next }
+        /^\$ / { n = sprintf("%s/%03d", tmp, ++count); printf "" >(n ".expected"); goes_on = 1; sub(/^\$ /, "") }
+        goes_on { print >(n ".sh"); goes_on = /[|\\]$/; next }
+        { print >(n ".expected") }' "$1"
+}
+
+@test "the examples of doc/protocol.md print what it says" {
+    start_kv
+    examples_of "$BATS_TEST_DIRNAME/doc/protocol.md"
+    ln -s "$KV" "$tmp/kv"
+    second=$((20000 + RANDOM % 10000))
+    cd "$tmp"
+    for example in ./*.sh; do
+        sed -i "s/localhost 8080/127.0.0.1 $port/; s/localhost 8081/127.0.0.1 $second/; s/-p 8081/-p $second/" "$example"
+        if grep -q '&$' "$example"; then # a server of its own
+            sed -i 's/ &$//; s,\./kv,exec &,' "$example"
+            background bash "$example" >"$tmp/second" 2>&1
+            wait_until nc -z 127.0.0.1 "$second"
+        else
+            timeout 20 bash "$example" | tr -d "\r" | diff "${example%.sh}.expected" - || { cat "$example" && return 1; }
+        fi
+    done
+    [[ $example > ./015.sh ]]
+}
+
 @test "the bash script of README.md prints what README.md says" {
     readme=$BATS_TEST_DIRNAME/README.md
     start_kv
