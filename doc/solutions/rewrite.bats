@@ -8,7 +8,7 @@
 
 load common
 
-rounds=60 && if [[ ${SHORT:-} ]]; then rounds=10; fi
+rounds=60 && if [[ ${SHORT:-} ]]; then rounds=6; fi
 if [[ ${BATS_TEST_TIMEOUT:-} ]]; then export BATS_TEST_TIMEOUT=$((120 + rounds * 8)); fi
 
 started='Background append only file rewriting started'
