@@ -720,8 +720,8 @@ static const uint64_t checksum_key[2] = {0, 0};
 static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
 
 /* Eight bytes as a number, the lowest byte first whatever the machine's own order, for
-   the checksum goes into a file. It is written out because compilers turn this, but not a
-   loop, into one load. */
+   the checksum goes into a file. It is written out because compilers turn this into one
+   load, but often not a loop. */
 static uint64_t load_word(const unsigned char *p) {
     uint64_t word = p[0];
     word |= (uint64_t)p[1] << 8;
@@ -1064,8 +1064,8 @@ static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
 /* Appends a record of the new value and deadline of the key at hand. Returns false when
    memory is out. */
 static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
-    char ms[24];
-    snprintf(ms, sizeof ms, "%" PRId64, deadline);
+    char ms[24] = "";
+    if (deadline != NEVER) snprintf(ms, sizeof ms, "%" PRId64, deadline);
     struct slice record[] = {
         str("SET"), c->key, value, str("PXAT"), str(ms), /* the last two not with NEVER */
     };
@@ -1224,7 +1224,7 @@ static bool cmd_set(struct conn *c) {
         time = w;
     }
     int64_t deadline = flags & KEEPTTL ? key_deadline(c) : NEVER;
-    int64_t base = flags & (EXAT | PXAT) ? 0 : now_ms();
+    int64_t base = flags & (EX | PX) ? now_ms() : 0;
     if (time && !parse_deadline(c, number, time->unit, base, 1, &deadline)) return false;
     bool unwanted = c->entry ? flags & NX : flags & XX;
     if (unwanted) return reply_nil(c);
@@ -2371,16 +2371,14 @@ static bool lock_file(int fd) {
     return fcntl(fd, F_SETLK, &whole_file) == 0;
 }
 
-/* Writes a shorter file that is to replace the one at path, open as old. Returns its
-   descriptor, or -1. */
-static int write_compact(const char *name, const char *path, int old) {
-    struct stat st;
-    unlink(name); /* a leftover of a crash; mostly there is none */
+/* Writes a shorter file as name and has it replace the one at path, which has the status
+   old. Returns its descriptor, or -1. */
+static int write_compact(const char *name, const char *path, const struct stat *old) {
     int fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_APPEND, 0600);
     if (fd < 0) return -1;
-    bool keeps_mode = fstat(old, &st) == 0 && fchmod(fd, st.st_mode & 07777) == 0;
-    if (keeps_mode && write_tables(fd) && lock_file(fd) && rename(name, path) == 0)
-        return fd;
+    bool ok = fchown(fd, old->st_uid, old->st_gid) == 0;
+    ok = ok && fchmod(fd, old->st_mode & 07777) == 0;
+    if (ok && write_tables(fd) && lock_file(fd) && rename(name, path) == 0) return fd;
     int error = errno;
     unlink(name);
     close(fd);
@@ -2397,14 +2395,16 @@ static int compact(const char *path, int fd) {
     char name[PATH_MAX + 16];
     struct stat st;
     uint64_t keys = 0;
+    snprintf(name, sizeof name, "%s.compact", path);
+    unlink(name); /* a leftover of a crash; mostly there is none */
     for (long i = 0; i < opt.shards; i++) keys += shards[i].table.count;
     if (aof.end <= 2 * keys + 1) return fd; /* 1: FLUSHALL */
     /* A file of several names is left alone: a rename would change only one. */
     if (fstat(fd, &st) < 0 || st.st_nlink != 1) return fd;
-    snprintf(name, sizeof name, "%s.compact", path);
-    int compacted = write_compact(name, path, fd);
+    int compacted = write_compact(name, path, &st);
     if (compacted < 0) {
-        say(WARN, "%s is not compacted: %s", opt.aof, strerror(errno));
+        if (stopping == SERVING)
+            say(WARN, "%s is not compacted: %s", opt.aof, strerror(errno));
         return fd;
     }
     close(fd);
