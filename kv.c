@@ -90,7 +90,7 @@ enum stage {
 static _Atomic enum stage stopping = SERVING;
 
 static atomic_long clients;     /* connections that count for --max-clients */
-static atomic_long threads;     /* of connections, also those that only linger */
+static atomic_long threads;     /* of connections, also those in hang_up */
 static atomic_long connections; /* that there have been since the start */
 
 /* === 1 Options and log ============================================================= */
@@ -1353,9 +1353,11 @@ static bool match_item(const char **at, const char *end, char b) {
 }
 
 /* Whether s matches a glob pattern. On a mismatch the search goes back to the last star,
-   which takes one byte more. It need not go back to an earlier star: if there is a match
-   in which that one takes more, there is also one in which it takes no more and the last
-   star does instead. So the time is at most the product of both lengths. *a*b and xaxab:
+   which takes one byte more. It need not go back to an earlier star: what is between the
+   two has matched at the first place where it fits. If there is a match in which it is
+   further right, move it back to that place, and let the last star take the bytes in
+   between: this is a match, too. So the time is at most the product of both lengths.
+   *a*b and xaxab:
 
         byte    item
          x       a      no: back, the first star takes x
@@ -1896,12 +1898,13 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* A thread that waits can block, or yield again and again and look in between. Waking
-   a thread that blocks costs more than some looks. But where other programs want the
-   processor, each yield gives them a time slice of some 4 ms. (kv's own threads need
-   some 5 us each, 256 of them 1.3 ms.) So this yields, and returns false if that took
-   more than SLOW_US. After that its next PAUSE calls for this connection only return
-   false. */
+/* A thread that waits for input can block, or yield again and again and look in between.
+   To wake a thread that blocks costs more than some looks. But a yield may give the
+   processor to another program, for a time slice of some 4 ms. kv's own threads need
+   less, some 5 us each: 256 of them, which is FEW_CLIENTS below, 1.3 ms. SLOW_US is
+   between the two. So if a yield takes longer, another program wants the processor. Then
+   this returns false, and so do its next PAUSE calls for this connection, which do not
+   yield at all: it is better to block. */
 static bool yield(struct conn *c) {
     enum { SLOW_US = 3500, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -2035,7 +2038,7 @@ static struct {
     pthread_cond_t has_none; /* signals that has_writer has become false */
 
     /* For the writer alone: */
-    struct buf batch;   /* on its way to the file; empty, unless a write has failed */
+    struct buf batch;   /* being written; else empty, unless a write has failed */
     size_t written;     /* so many of its bytes are there */
     uint64_t batch_end; /* its last record */
 
@@ -2212,8 +2215,9 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if nothing from start on looks like a checksum line. If a value contains
-   such a line, a torn file is reported as damaged, and a person decides. */
+   It is torn if nothing from start on looks like a checksum line. Two cases remain. If a
+   value contains such a line, a torn file is reported as damaged, and a person decides.
+   If the last checksum line of the file has changed, its batch passes for torn. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -2344,8 +2348,8 @@ static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
 }
 
 /* Writes a file whose replay gives the present tables: an empty batch as the header,
-   then FLUSHALL, so that a program that follows the file by its name begins anew,
-   then a SET for each key, in batches. No other thread runs yet. Returns false on
+   then FLUSHALL, so that a copy of kv that follows the file by its name (tail -F) begins
+   anew, then a SET for each key, in batches. No other thread runs yet. Returns false on
    failure, and when a signal asks for the end. */
 static bool write_tables(int fd) {
     struct slice flush[] = {str("FLUSHALL")};
@@ -2514,7 +2518,8 @@ static void accept_client(int listener, const pthread_attr_t *attributes) {
     }
     if (clients >= opt.max_clients) sleep_ms(1); /* one that is leaving makes room */
     bool is_full = clients >= opt.max_clients;
-    bool many_linger = threads >= opt.max_clients + 24; /* and hold descriptors */
+    /* These hold descriptors, too; reserve_descriptors has 32 to spare. */
+    bool many_linger = threads >= opt.max_clients + 24;
     if (is_full || many_linger) {
         refuse_client(fd, "too many clients");
         return;
