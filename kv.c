@@ -167,7 +167,8 @@ static bool is_logged(enum level level) {
 
 /* Writes one line to stderr in one call, so that the lines of several threads never mix.
    What does not fit is cut. Never blocks: if stderr is a full pipe that nobody reads, the
-   line is dropped. The lock keeps other threads from filling the pipe between poll and
+   line is dropped. A pipe that poll calls writable takes PIPE_BUF bytes (4096 on Linux),
+   more than a line has. The lock keeps other threads from filling it between poll and
    write. */
 static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
     static const char *tags[] = {"ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
@@ -988,7 +989,8 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 
 /* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
    get its lock soon. Returns whether there may be more. The append-only file gets no
-   record: in a replay, a SET whose deadline has passed removes the key, see store. */
+   record: in a replay, a SET whose deadline has passed removes the key, and with it what
+   earlier records have stored (see store). */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -1017,7 +1019,8 @@ static void *expiry_main(void *unused) {
         for (long i = 0; i < opt.shards; i++) {
             if (expire_some(&shards[i])) more = true;
         }
-        /* Sleep even if there is more, or with one shard others hardly get its lock. */
+        /* Sleep even if there is more. With one shard this thread would otherwise mostly
+           get its lock again before any thread that waits for it. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1919,7 +1922,8 @@ static bool yield(struct conn *c) {
 
 /* Looks for input up to LOOKS times without blocking, and yields before each look. With
    more than FEW_CLIENTS it does not look, for then there is mostly another client to
-   serve. Returns what recv does, or -1 and EAGAIN for no input. */
+   serve. Returns what recv does, or -1 and EAGAIN for no input. (LOOKS and PAUSE are what
+   measured best, see the chapter Performance.) */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -2147,7 +2151,8 @@ static bool write_batch(void) {
 }
 
 /* Waits until the writer is done; if there is none, writes a batch itself. Called with
-   the lock, which is released meanwhile. Returns false when writing fails. */
+   the lock, which is released meanwhile. Returns false if writing here has failed. After
+   a wait nothing is certain: the callers look again whether they have what they want. */
 static bool wait_or_write(void) {
     if (aof.has_writer) {
         pthread_cond_wait(&aof.has_none, &aof.lock);
@@ -2164,9 +2169,9 @@ static bool wait_or_write(void) {
 
 /* Waits until the records that c has seen are safe. Group commit: the writer writes all
    that has gathered, as one batch. Those that come meanwhile wait, and then one of them
-   is the next writer, for them all. So many records share a write and an fsync. They are
-   more if each thread first yields once, for then others append theirs. Returns false
-   when writing fails. */
+   is the next writer, for them all. So many records share a write and an fsync. Each
+   thread first yields once: others then append their records, so that still more share.
+   Returns false when writing fails. */
 static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
@@ -2657,10 +2662,11 @@ static void wait_for_threads(int64_t ms) {
     while (threads > 0 && monotonic_us() < end) sleep_ms(10);
 }
 
-/* Makes the threads of all connections end. After SHUT_RD a thread still reads what has
-   arrived (on Linux), answers it, and then sees the end of the input. A client that goes
-   on sending is served for 2 s. Then nothing more is run, and replies to what was run get
-   half a second. */
+/* Makes the threads of all connections end. After SHUT_RD, recv (on Linux) still returns
+   what has arrived and what arrives later. But where it would block, it returns 0, the
+   end of the input. So a thread answers what there is, and then ends. A client that sends
+   without a pause is served for 2 s. Then nothing more is run, and replies to what was
+   run get half a second. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
@@ -2703,7 +2709,8 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    mallopt(M_ARENA_MAX, 2); /* so that others can use what a thread frees */
+    /* glibc gives threads heaps of their own; what one frees the others cannot use. */
+    mallopt(M_ARENA_MAX, 2);
 #endif
     if (opt.aof) aof_open();
     int listener = listen_on();

@@ -15,7 +15,7 @@ T=$(mktemp -d)
 servers=()
 
 cleanup() {
-    if ((${#servers[@]})); then kill "${servers[@]}" 2>/dev/null || true; wait; fi
+    if ((${#servers[@]})); then kill -KILL "${servers[@]}" 2>/dev/null || true; wait; fi
     rm -rf "$T"
 }
 trap cleanup EXIT
@@ -24,6 +24,7 @@ trap 'exit 1' INT TERM
 # Starts a server on a free port, which it sets as $port; its process is $!.
 start() { # BINARY OPTION...
     local line='listening on .*:([0-9]+)' end=$((SECONDS + 30)) log=$T/log.${#servers[@]}
+    : >"$log"
     "$@" -p 0 2>"$log" &
     servers+=($!)
     until [[ $(<"$log") =~ $line ]]; do
