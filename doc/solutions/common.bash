@@ -26,13 +26,13 @@ start_kv() { # OPTION...: sets $pid and $port
     : >"$log"
     "$KV" -p 0 "${shards[@]}" --aof "$tmp/aof" "$@" </dev/null 2>>"$log" 3>&- 4>&- &
     pid=$! port=''
-    wait_until listening
+    wait_until listening && [[ $port ]]
 }
 
 listening() {
     local text
     text=$(<"$log")
-    gone "$pid" && return 1
+    gone "$pid" && return 0 # it has ended
     [[ $text =~ 'listening on '.*:([0-9]+) ]] && port=${BASH_REMATCH[1]}
 }
 
