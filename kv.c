@@ -75,7 +75,8 @@ struct slice {
     size_t len;
 };
 
-/* A short string that a function can return. */
+/* A short string that a function can return. There is room for what show returns, four
+   bytes for each of 64 and some more. */
 struct text {
     char text[272];
 };
@@ -594,9 +595,9 @@ static bool next_request(struct conn *c) {
 /* The functions that reply return whether the request has succeeded: fail false, all
    others true. So a command can end with return reply_...(). */
 
-/* Whether a reply must quote s: without quotes it could be taken for an error, the
-   end of a list or a quoted value. as_word: also what without quotes would not be
-   one word of a request. */
+/* Whether a reply must quote s: without quotes it could be taken for an error, the end of
+   a list, a quoted value or another line, or a blank at its end be missed. as_word: also
+   what without quotes would not be one word of a request. */
 static bool needs_quotes(struct slice s, bool as_word) {
     if (s.len == 0) return true;
     char first = s.p[0], last = s.p[s.len - 1];
@@ -610,8 +611,9 @@ static bool needs_quotes(struct slice s, bool as_word) {
 }
 
 /* Writes s as a double-quoted word to to, which has room for 4 * s.len + 2 bytes. Returns
-   where it ends. A double quote becomes \x22, which bash's printf %b knows, too. (This
-   runs under a shard's lock, and sprintf would take fifty times as long as hex.) */
+   where it ends. A double quote becomes \x22, so that printf %b of bash can decode the
+   word. (This runs under a shard's lock, and sprintf would take fifty times as long as
+   hex.) */
 static char *quote(char *to, struct slice s) {
     static const char hex[] = "0123456789abcdef";
     *to++ = '"';
@@ -1052,12 +1054,12 @@ struct command {
    So when memory is out nothing has been changed, here or there. All this is done while
    the key's shard is locked: the file has the order in which things happened.
 
-   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and
-   with --fsync always on the disk. Before a reply is sent, the records that it reveals
-   must be safe, also when another client wrote them: if B reads what A has stored, and a
-   crash then undoes it, B knows something that never was. c->seen is the last record that
-   must be safe. Its number goes from aof_append by way of shard->appended, note_seen and
-   c->seen to aof_commit. */
+   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file; with
+   "--fsync always", when it is on the disk, too. Before a reply is sent, the records that
+   it reveals must be safe, also when another client wrote them: if B reads what A has
+   stored, and a crash then undoes it, B knows something that never was. c->seen is the
+   last record that must be safe. Its number goes from aof_append by way of
+   shard->appended, note_seen and c->seen to aof_commit. */
 
 /* Appends a record of n words, and sets *number to its number; without --aof does
    nothing. Returns false when memory is out. */
@@ -1361,8 +1363,8 @@ static bool match_item(const char **at, const char *end, char b) {
    the two stars be the piece. It has matched at the first place where it fits. Suppose
    there is a match with the piece further right. Each of its items takes one byte, so the
    piece can move to the first place as a whole, and the last star takes the bytes that
-   this leaves: that is a match, too. So the time is at most the product of both lengths.
-   *a*b and xaxab:
+   this leaves: that is a match, too. A star takes a byte more at most s.len times, and
+   between two such times at most pattern.len steps pass. *a*b and xaxab:
 
         byte    item
          x       a      no: back, the first star takes x
