@@ -87,7 +87,8 @@ lint: ## check kv.c, the scripts, the references of doc/ and the size budget
 	clang-tidy --quiet --warnings-as-errors='*' --checks='$(TIDY)' kv.c -- $(STRICT)
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 	    --error-exitcode=1 kv.c
-	shellcheck test.sh bench.sh doc/alternatives/collide.sh doc/solutions/check doc/solutions/*.bats .ci/run .ci/docrefs .ci/smoke
+	shellcheck test.sh bench.sh doc/alternatives/collide.sh doc/solutions/check doc/solutions/*.bats \
+	    $(addprefix doc/engines/,certificates follow guard measure to-cluster engines.bats) .ci/run .ci/docrefs .ci/smoke
 	.ci/docrefs
 	.ci/budget
 
@@ -100,6 +101,7 @@ deps: ## install what the tests need: bats 1.8 or newer, nc, redis-cli
 deps-all: deps ## and what make lint, make cross, .ci/run and comparisons with Redis need
 	@$(call install,gcc clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
 	    strace redis-server python3-redis prometheus-redis-exporter gnuplot-nox patch \
+	    nutcracker haproxy stunnel4 openssl perl \
 	    $(CROSS_DEPS),llvm cppcheck shellcheck cloc)
 	@$(call install,libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev,llvm)
 	@command -v npm >/dev/null || { $(call install,npm,node); }
