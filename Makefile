@@ -88,7 +88,7 @@ lint: ## check kv.c, the scripts, the references of doc/ and the size budget
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 	    --error-exitcode=1 kv.c
 	shellcheck test.sh bench.sh doc/alternatives/collide.sh doc/solutions/check doc/solutions/*.bats \
-	    $(addprefix doc/engines/,certificates follow guard measure to-cluster engines.bats) .ci/run .ci/docrefs .ci/smoke
+	    $(addprefix doc/engines/,certificates follow guard man-tables measure to-cluster engines.bats) .ci/run .ci/docrefs .ci/smoke
 	.ci/docrefs
 	.ci/budget
 
@@ -125,9 +125,10 @@ install = set -e; if command -v apt-get >/dev/null; then \
 format: ## format kv.c
 	clang-format -i kv.c
 
-install: kv ## put kv into PREFIX/bin, /usr/local/bin if PREFIX is not given
-	install -d '$(DESTDIR)$(PREFIX)/bin'
+install: kv ## put kv and its man page below PREFIX, /usr/local if not given
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/share/man/man1'
 	install -m 755 kv '$(DESTDIR)$(PREFIX)/bin/kv'
+	install -m 644 doc/kv.1 '$(DESTDIR)$(PREFIX)/share/man/man1/kv.1'
 
 clean: ## remove what was built
 	rm -f kv kv-* *.gcda *.gcno

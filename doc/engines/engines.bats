@@ -4,13 +4,13 @@
 #
 #     bats doc/engines/engines.bats                  needs what make deps-all installs
 #
-# SC2016: what looks like a variable in single quotes is RESP.
-# shellcheck disable=SC2016
+# SC2030, SC2031: bats runs each test as a process. SC2016: what looks like a variable is RESP.
+# shellcheck disable=SC2030,SC2031,SC2016
 
 bats_require_minimum_version 1.5.0
 export LC_ALL=C
 KV=$(realpath "${KV:-$BATS_TEST_DIRNAME/../../kv}")
-here=$BATS_TEST_DIRNAME
+here=$BATS_TEST_DIRNAME root=$(realpath "$BATS_TEST_DIRNAME/../..")
 command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=180
 
 # A process in the background dies with its test, however that ends.
@@ -291,7 +291,7 @@ missing() { # PORT
     write_on 3>&- 4>&- &
     pid[writer]=$!
     wait_until test -s written
-    sleep 1
+    wait_until more_than 2000
     stop a KILL
     before=$(wc -l <written)
     wait_until says b ask 7000 'GET serving'
@@ -459,3 +459,70 @@ cluster_is_ok() { # PORT
 }
 
 is_rewritten() { cli 7008 INFO persistence | tr -d '\r' | paste -sd ' ' | grep -q 'rewrite_in_progress:0 .*rewrite_scheduled:0 '; }
+
+# --- where it runs ------------------------------------------------------------------------
+
+@test "the unit file is right for systemd, and hardened" {
+    if command -v systemd-analyze >/dev/null; then
+        make -s -C "$root" install DESTDIR="$tmp/root" PREFIX=/usr/local
+        mkdir -p root/etc/systemd/system && cp "$here/kv.service" root/etc/systemd/system
+        sed "s|/usr/local/bin/kv|$tmp/root&|" "$here/kv.service" >kv.service
+        systemd-analyze verify --man=no ./kv.service 2>&1 | cmp - /dev/null
+        systemd-analyze security --offline=true --threshold=15 ./kv.service >out
+    fi
+    # Its options are options of kv.
+    grep '^ExecStart=' "$here/kv.service" | grep -o -- ' --[a-z-]*' | while read -r option; do
+        "$KV" --help | grep -q -- " $option "
+    done
+}
+
+@test "as in the Dockerfile: a static kv of less than 200 KB is process 1 of an empty image" {
+    local make
+    cp "$root/kv.c" "$root/Makefile" .
+    make=$(sed -n 's/^RUN \(make .*\)/\1/p' "$here/Dockerfile")
+    eval "${make/CC=gcc/CC=musl-gcc}" # Alpine's gcc is one for musl
+    (($(wc -c <kv) < 200000))
+    mkdir -p image/data image/dev
+    cp kv image
+    echo secret >image/password
+    entry=$(sed -n 's/^ENTRYPOINT \[\(.*\)\]/\1/p' "$here/Dockerfile" | tr -d '",')
+    entry=${entry/0.0.0.0/127.0.0.1} # only here
+    # A container without Docker: process 1, no file but these, and a device. Where the system forbids
+    # that, the program runs as it is, with the same options.
+    run_in_background image unshare --user --map-root-user --pid --mount --fork --kill-child sh -c "
+        mount -t tmpfs none image/dev && touch image/dev/urandom &&
+        mount --bind /dev/urandom image/dev/urandom && exec chroot image $entry --port ${ports}01"
+    if unshare --user --map-root-user --pid --mount --fork true 2>/dev/null; then
+        wait_until grep -q 'listening on' image.log
+        inner=$(pgrep -P "${pid[image]}")
+        [[ $(sed -n 's/^NSpid:.*\t//p' "/proc/$inner/status") = 1 ]]
+    else
+        entry=${entry//' /'/ image/}
+        eval "run_in_background inner image${entry} --port ${ports}01"
+        inner=${pid[inner]}
+    fi
+    wait_until says $'OK\nOK' ask 7001 'AUTH secret' 'SET a 1'
+    kill "$inner"
+    wait_until grep -q INFO.stopped ./*.log
+    grep -aq SET image/data/kv.aof
+    if docker info >out 2>&1; then docker build -t kv -f "$here/Dockerfile" "$root"; fi
+}
+
+@test "make install brings a man page that says what --help and HELP say" {
+    start_kv kv 7001
+    make -s -C "$root" install DESTDIR="$tmp/root" PREFIX=/usr
+    "$here/man-tables" "$KV" "${ports}01" >tables
+    sed -n '/^\.SH OPTIONS/,$ { /^\.SH SIGNALS/q; p; }' root/usr/share/man/man1/kv.1 | diff tables -
+    (($(grep -c '^\.TP' tables) > 40))
+    [[ $(root/usr/bin/kv --version) = 'kv '* ]]
+}
+
+# --- what is said of costs ----------------------------------------------------------------
+
+@test "measure prints a line for each that it compares" {
+    export ROUNDS=1 REQUESTS=1000 KV
+    for what in tls shards costs; do
+        timeout 60 "$here/measure" "$what" >"$what.out"
+    done
+    (($(grep -c 'HAProxy\|stunnel' tls.out) == 3 && $(grep -c 'kv,3-shards' shards.out) == 4 && $(grep -c 'processor time' costs.out) == 8))
+}
