@@ -131,6 +131,8 @@ hostile_gets() {
     done
     ask 7001 'SET plain "never sent"' | is OK
     says '' ask 7002 'GET plain'
+    eval "$(sed -n '/^    openssl req/,/server.pem$/p' "$here/../beyond-one-machine.md")" 2>/dev/null
+    openssl verify -CAfile server.crt server.pem >out
     openssl s_client -connect "127.0.0.1:${ports}02" -CAfile ca.crt -verify_return_error \
         -verify_hostname localhost -quiet <<<$'GET key\nQUIT' 2>/dev/null | tr -d '\r' | is 7003 OK
 }
@@ -446,11 +448,14 @@ cluster_is_ok() { # PORT
     { cat appendonlydir/*.incr.aof && echo QUIT; } | nc 127.0.0.1 "${ports}01" | tr -d '\r' | grep -a '^-' >refused
     is "-ERR unknown command 'APPEND', see HELP" "-ERR unknown command 'MSET', see HELP" \
         "-ERR unknown command 'RPUSH', see HELP" '-ERR DB index is out of range' <refused
+    ask 7001 'GET other' | is 1 # of another database, so the error is one to look for
     cli 7008 DEL list | is 1
     cli 7008 FLUSHALL | is OK
     cli 7008 MSET m 1 n 2 | is OK
     cli 7008 APPEND m 0 | is 2
-    printf 'MULTI\nSET x 1\nEXEC\n' | cli 7008 >out
+    printf 'MULTI\nSET x 1\nSET y 1\nEXEC\nDEL y\n' | cli 7008 >out
+    { cat appendonlydir/*.incr.aof && echo QUIT; } | nc 127.0.0.1 "${ports}01" | tail -n 1 | grep -q '^-ERR .*transactions'
+    ask 7001 'GET x' | is '(nil)'
     cli 7008 BGREWRITEAOF >out
     wait_until is_rewritten
     ask 7001 FLUSHALL | is OK
