@@ -39,6 +39,9 @@ usage() {
 ./bench.sh aof busy                    kv --fsync always beside redis-server, while two processes burn
 ./bench.sh alternatives [NAME]         kv beside what was rejected, doc/alternatives/NAME.patch
 ./bench.sh alternatives --check [NAME] does each apply, build, pass and fail its tests?
+./bench.sh measure                     lists what else the chapters of doc/ measure
+./bench.sh measure NAME                measures it: doc/measure/NAME
+./bench.sh measure --check [NAME]      does each still measure what it says? In short
 ./bench.sh plot                        draws doc/rate-over-connections.svg, doc/latency-over-rate.svg
 
     --csv FILE   also each figure of each round: table,load,program,round,name,value,unit
@@ -70,6 +73,38 @@ need() { # COMMAND...
     local command missing=''
     for command; do command -v "$command" >/dev/null || missing+=" $command"; done
     [[ ! $missing ]] || die "this needs$missing: make deps-all installs what is missing"
+}
+
+# What single chapters measure. Each is a script of its own, see doc/measure/lib.sh.
+measure() { # [--check] [NAME]
+    local script number=0 failed=0 log scripts=()
+    for script in doc/measure/*; do
+        if [[ -x $script && ${2:-${script##*/}} = "${script##*/}" ]]; then scripts+=("$script"); fi
+    done
+    if [[ ! ${1:-} ]]; then
+        for script in "${scripts[@]}"; do say '%-20s%s\n' "${script##*/}" "$(sed -n '2s/^# //p' "$script")"; done
+        return
+    fi
+    need make
+    make -s kv
+    if [[ $1 != --check ]]; then
+        [[ -x doc/measure/$1 ]] || wrong "there is no doc/measure/$1"
+        "doc/measure/$1"
+        return
+    fi
+    ((${#scripts[@]})) || wrong "there is no doc/measure/${2:-}"
+    log=$(mktemp)
+    printf '1..%d\n' "${#scripts[@]}"
+    for script in "${scripts[@]}"; do
+        number=$((number + 1))
+        if SHORT=1 "$script" >"$log" 2>&1 </dev/null; then printf 'ok %d %s\n' "$number" "${script##*/}"; else
+            printf 'not ok %d %s\n' "$number" "${script##*/}"
+            sed 's/^/# /' "$log"
+            failed=1
+        fi
+    done
+    rm -f "$log"
+    return "$failed"
 }
 
 # --- starting and stopping ----------------------------------------------------------------
@@ -873,6 +908,11 @@ END
 
 # --- options ------------------------------------------------------------------------------
 
+if [[ ${1:-} = measure ]]; then
+    cd "$(dirname "$0")"
+    measure "${@:2}"
+    exit
+fi
 mode=alone name='' csv='' quick=0 check=0 busy=0
 while (($#)); do
     case $1 in

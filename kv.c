@@ -25,11 +25,10 @@
  *
  * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
- * No thread reads, sends, writes or sleeps with one of these two. The thread that writes
- * the file holds a third lock, the writer's, and inside it, for a moment, the buffer's,
- * but no shard's. The log on stderr has a lock of its own, which is held for one line.
- * All else that threads share is atomic, or set before they start. pthread_mutex_lock
- * fails only where it is misused, so its result is not checked.
+ * No thread reads, sends, writes or sleeps with one of these two. The log on stderr has a
+ * lock of its own, which is held for one line. All else that threads share is atomic, or
+ * set before they start. pthread_mutex_lock fails only where it is misused, so its result
+ * is not checked.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
@@ -91,7 +90,7 @@ enum stage {
 static _Atomic enum stage stopping = SERVING;
 
 static atomic_long clients;     /* connections that count for --max-clients */
-static atomic_long threads;     /* of connections, also those that only linger */
+static atomic_long threads;     /* of connections, also those in hang_up */
 static atomic_long connections; /* that there have been since the start */
 
 /* === 1 Options and log ============================================================= */
@@ -168,7 +167,8 @@ static bool is_logged(enum level level) {
 
 /* Writes one line to stderr in one call, so that the lines of several threads never mix.
    What does not fit is cut. Never blocks: if stderr is a full pipe that nobody reads, the
-   line is dropped. The lock keeps other threads from filling the pipe between poll and
+   line is dropped. A pipe that poll calls writable takes PIPE_BUF bytes (4096 on Linux),
+   more than a line has. The lock keeps other threads from filling it between poll and
    write. */
 static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
     static const char *tags[] = {"ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
@@ -721,8 +721,8 @@ static const uint64_t checksum_key[2] = {0, 0};
 static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
 
 /* Eight bytes as a number, the lowest byte first whatever the machine's own order, for
-   the checksum goes into a file. It is written out because compilers turn this, but not a
-   loop, into one load. */
+   the checksum goes into a file. It is written out because compilers turn this into one
+   load, but often not a loop. */
 static uint64_t load_word(const unsigned char *p) {
     uint64_t word = p[0];
     word |= (uint64_t)p[1] << 8;
@@ -989,7 +989,8 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 
 /* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
    get its lock soon. Returns whether there may be more. The append-only file gets no
-   record: in a replay, a SET whose deadline has passed removes the key, see store. */
+   record: in a replay, a SET whose deadline has passed removes the key, and with it what
+   earlier records have stored (see store). */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -1018,7 +1019,8 @@ static void *expiry_main(void *unused) {
         for (long i = 0; i < opt.shards; i++) {
             if (expire_some(&shards[i])) more = true;
         }
-        /* Sleep even if there is more, or with one shard others hardly get its lock. */
+        /* Sleep even if there is more. With one shard this thread would otherwise mostly
+           get its lock again before any thread that waits for it. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1065,8 +1067,8 @@ static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
 /* Appends a record of the new value and deadline of the key at hand. Returns false when
    memory is out. */
 static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
-    char ms[24];
-    snprintf(ms, sizeof ms, "%" PRId64, deadline);
+    char ms[24] = "";
+    if (deadline != NEVER) snprintf(ms, sizeof ms, "%" PRId64, deadline);
     struct slice record[] = {
         str("SET"), c->key, value, str("PXAT"), str(ms), /* the last two not with NEVER */
     };
@@ -1225,7 +1227,7 @@ static bool cmd_set(struct conn *c) {
         time = w;
     }
     int64_t deadline = flags & KEEPTTL ? key_deadline(c) : NEVER;
-    int64_t base = flags & (EXAT | PXAT) ? 0 : now_ms();
+    int64_t base = flags & (EX | PX) ? now_ms() : 0;
     if (time && !parse_deadline(c, number, time->unit, base, 1, &deadline)) return false;
     bool unwanted = c->entry ? flags & NX : flags & XX;
     if (unwanted) return reply_nil(c);
@@ -1354,9 +1356,11 @@ static bool match_item(const char **at, const char *end, char b) {
 }
 
 /* Whether s matches a glob pattern. On a mismatch the search goes back to the last star,
-   which takes one byte more. It need not go back to an earlier star: if there is a match
-   in which that one takes more, there is also one in which it takes no more and the last
-   star does instead. So the time is at most the product of both lengths. *a*b and xaxab:
+   which takes one byte more. It need not go back to an earlier star: what is between the
+   two has matched at the first place where it fits. If there is a match in which it is
+   further right, move it back to that place, and let the last star take the bytes in
+   between: this is a match, too. So the time is at most the product of both lengths.
+   *a*b and xaxab:
 
         byte    item
          x       a      no: back, the first star takes x
@@ -1852,7 +1856,7 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-static bool aof_commit(const struct conn *c);
+static bool aof_commit(struct conn *c);
 
 /* Replaces all replies by MISCONF, in the form of the last request. */
 static void replace_replies(struct conn *c) {
@@ -1897,14 +1901,15 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* A thread that waits can block, or yield again and again and look in between. Waking
-   a thread that blocks costs more than some looks. But where other programs want the
-   processor, each yield gives them a time slice of 3 ms or more. (kv's own threads
-   need some 5 us each, 256 of them 1.3 ms.) So this yields, and returns false if that
-   took more than SLOW_US. After that its next PAUSE calls for this connection only
-   return false. */
+/* A thread that waits for input can block, or yield again and again and look in between.
+   To wake a thread that blocks costs more than some looks. But a yield may give the
+   processor to another program, for a time slice of some 4 ms. kv's own threads need
+   less, some 5 us each: 256 of them, which is FEW_CLIENTS below, 1.3 ms. SLOW_US is
+   between the two. So if a yield takes longer, another program wants the processor. Then
+   this returns false, and so do its next PAUSE calls for this connection, which do not
+   yield at all: it is better to block. */
 static bool yield(struct conn *c) {
-    enum { SLOW_US = 2500, PAUSE = 200 };
+    enum { SLOW_US = 3500, PAUSE = 200 };
     if (c->no_yields > 0) {
         c->no_yields--;
         return false;
@@ -1917,7 +1922,8 @@ static bool yield(struct conn *c) {
 
 /* Looks for input up to LOOKS times without blocking, and yields before each look. With
    more than FEW_CLIENTS it does not look, for then there is mostly another client to
-   serve. Returns what recv does, or -1 and EAGAIN for no input. */
+   serve. Returns what recv does, or -1 and EAGAIN for no input. (LOOKS and PAUSE are what
+   measured best, see the chapter Performance.) */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -2029,21 +2035,23 @@ static void *conn_main(void *arg) {
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
-    pthread_mutex_t lock; /* guards the next two */
-    struct buf gathered;  /* records, and room for the checksum line behind them */
-    uint64_t end;         /* the last record */
+    pthread_mutex_t lock;    /* guards the next three */
+    struct buf gathered;     /* records, and room for the checksum line behind them */
+    uint64_t end;            /* the last record */
+    bool has_writer;         /* a thread writes; no other does meanwhile */
+    pthread_cond_t has_none; /* signals that has_writer has become false */
 
-    pthread_mutex_t writer; /* guards the next three, and writing */
-    struct buf batch;       /* on its way to the file; empty, unless a write has failed */
-    size_t written;         /* so many of its bytes are there */
-    uint64_t batch_end;     /* its last record */
+    /* For the writer alone: */
+    struct buf batch;   /* being written; else empty, unless a write has failed */
+    size_t written;     /* so many of its bytes are there */
+    uint64_t batch_end; /* its last record */
 
     atomic_uint_fast64_t safe; /* replies that reveal records up to this one may go out */
     atomic_bool broken;        /* the last write has failed */
 } aof = {
     .fd = -1,
     .lock = PTHREAD_MUTEX_INITIALIZER,
-    .writer = PTHREAD_MUTEX_INITIALIZER,
+    .has_none = PTHREAD_COND_INITIALIZER,
 };
 
 static bool aof_is_broken(void) { return aof.broken; }
@@ -2104,7 +2112,7 @@ static bool sync_file(int fd) {
 }
 
 /* The gathered records become the next batch, by a swap of two buffers. add_record
-   has made room for the checksum line. Called with the writer's lock. */
+   has made room for the checksum line. Called by the writer, without the lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
     pthread_mutex_lock(&aof.lock);
@@ -2117,9 +2125,9 @@ static void take_batch(void) {
 }
 
 /* Finishes the last batch, if it could not be written in full, else writes the next one.
-   With --fsync always waits for the disk. Called with the writer's lock. Returns false
-   when writing fails; the next call goes on where it stopped. A failed fsync ends the
-   program, for then nothing is known about the file. */
+   With --fsync always waits for the disk. Called by the writer, without the lock. Returns
+   false when writing fails; the next call goes on where it stopped. A failed fsync ends
+   the program, for then nothing is known about the file. */
 static bool write_batch(void) {
     struct buf *b = &aof.batch;
     if (b->len == 0) take_batch();
@@ -2142,28 +2150,35 @@ static bool write_batch(void) {
     return true;
 }
 
-/* An fsync takes long, and many records can share one. So before it a thread lets others
-   run and append, for JOIN_US or until there is nothing left to do for it. */
-static void let_others_append(const struct conn *c) {
-    enum { JOIN_US = 500, YIELDS = 10 };
-    int64_t end = monotonic_us() + JOIN_US;
-    for (int i = 0; i < YIELDS && aof.safe < c->seen && monotonic_us() < end; i++)
-        sched_yield();
+/* Waits until the writer is done; if there is none, writes a batch itself. Called with
+   the lock, which is released meanwhile. Returns false if writing here has failed. After
+   a wait nothing is certain: the callers look again whether they have what they want. */
+static bool wait_or_write(void) {
+    if (aof.has_writer) {
+        pthread_cond_wait(&aof.has_none, &aof.lock);
+        return true;
+    }
+    aof.has_writer = true;
+    pthread_mutex_unlock(&aof.lock);
+    bool ok = write_batch();
+    pthread_mutex_lock(&aof.lock);
+    aof.has_writer = false;
+    pthread_cond_broadcast(&aof.has_none);
+    return ok;
 }
 
-/* Waits until the records that c has seen are safe. Group commit: the first thread that
-   comes writes for all that have come. Those that come meanwhile wait for the lock; the
-   first of them writes for all of them, and the others find it done. Returns false when
-   writing fails. */
-static bool aof_commit(const struct conn *c) {
+/* Waits until the records that c has seen are safe. Group commit: the writer writes all
+   that has gathered, as one batch. Those that come meanwhile wait, and then one of them
+   is the next writer, for them all. So many records share a write and an fsync. Each
+   thread first yields once: others then append their records, so that still more share.
+   Returns false when writing fails. */
+static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
-    if (fsync_policy == FSYNC_ALWAYS) let_others_append(c);
-    pthread_mutex_lock(&aof.writer);
-    /* Not broken, so batch is empty, and write_batch takes all that has gathered: what c
-       has seen is in it, and one call is enough. */
-    if (aof.safe < c->seen && !aof.broken) write_batch();
-    pthread_mutex_unlock(&aof.writer);
+    yield(c);
+    pthread_mutex_lock(&aof.lock);
+    while (aof.safe < c->seen && !aof.broken) wait_or_write();
+    pthread_mutex_unlock(&aof.lock);
     return aof.safe >= c->seen;
 }
 
@@ -2173,10 +2188,8 @@ static bool aof_write_all(void) {
     bool ok = true;
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
+    while (ok && aof.safe < end) ok = wait_or_write();
     pthread_mutex_unlock(&aof.lock);
-    pthread_mutex_lock(&aof.writer);
-    while (ok && aof.safe < end) ok = write_batch();
-    pthread_mutex_unlock(&aof.writer);
     return ok;
 }
 
@@ -2207,8 +2220,9 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if nothing from start on looks like a checksum line. If a value contains
-   such a line, a torn file is reported as damaged, and a person decides. */
+   It is torn if nothing from start on looks like a checksum line. Two cases remain. If a
+   value contains such a line, a torn file is reported as damaged, and a person decides.
+   If the last checksum line of the file has changed, its batch passes for torn. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -2339,8 +2353,8 @@ static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
 }
 
 /* Writes a file whose replay gives the present tables: an empty batch as the header,
-   then FLUSHALL, so that a program that follows the file by its name begins anew,
-   then a SET for each key, in batches. No other thread runs yet. Returns false on
+   then FLUSHALL, so that a copy of kv that follows the file by its name (tail -F) begins
+   anew, then a SET for each key, in batches. No other thread runs yet. Returns false on
    failure, and when a signal asks for the end. */
 static bool write_tables(int fd) {
     struct slice flush[] = {str("FLUSHALL")};
@@ -2366,16 +2380,14 @@ static bool lock_file(int fd) {
     return fcntl(fd, F_SETLK, &whole_file) == 0;
 }
 
-/* Writes a shorter file that is to replace the one at path, open as old. Returns its
-   descriptor, or -1. */
-static int write_compact(const char *name, const char *path, int old) {
-    struct stat st;
-    unlink(name); /* a leftover of a crash; mostly there is none */
+/* Writes a shorter file as name and has it replace the one at path, which has the status
+   old. Returns its descriptor, or -1. */
+static int write_compact(const char *name, const char *path, const struct stat *old) {
     int fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_APPEND, 0600);
     if (fd < 0) return -1;
-    bool keeps_mode = fstat(old, &st) == 0 && fchmod(fd, st.st_mode & 07777) == 0;
-    if (keeps_mode && write_tables(fd) && lock_file(fd) && rename(name, path) == 0)
-        return fd;
+    bool ok = fchown(fd, old->st_uid, old->st_gid) == 0;
+    ok = ok && fchmod(fd, old->st_mode & 07777) == 0;
+    if (ok && write_tables(fd) && lock_file(fd) && rename(name, path) == 0) return fd;
     int error = errno;
     unlink(name);
     close(fd);
@@ -2392,14 +2404,16 @@ static int compact(const char *path, int fd) {
     char name[PATH_MAX + 16];
     struct stat st;
     uint64_t keys = 0;
+    snprintf(name, sizeof name, "%s.compact", path);
+    unlink(name); /* a leftover of a crash; mostly there is none */
     for (long i = 0; i < opt.shards; i++) keys += shards[i].table.count;
     if (aof.end <= 2 * keys + 1) return fd; /* 1: FLUSHALL */
     /* A file of several names is left alone: a rename would change only one. */
     if (fstat(fd, &st) < 0 || st.st_nlink != 1) return fd;
-    snprintf(name, sizeof name, "%s.compact", path);
-    int compacted = write_compact(name, path, fd);
+    int compacted = write_compact(name, path, &st);
     if (compacted < 0) {
-        say(WARN, "%s is not compacted: %s", opt.aof, strerror(errno));
+        if (stopping == SERVING)
+            say(WARN, "%s is not compacted: %s", opt.aof, strerror(errno));
         return fd;
     }
     close(fd);
@@ -2509,7 +2523,8 @@ static void accept_client(int listener, const pthread_attr_t *attributes) {
     }
     if (clients >= opt.max_clients) sleep_ms(1); /* one that is leaving makes room */
     bool is_full = clients >= opt.max_clients;
-    bool many_linger = threads >= opt.max_clients + 24; /* and hold descriptors */
+    /* These hold descriptors, too; reserve_descriptors has 32 to spare. */
+    bool many_linger = threads >= opt.max_clients + 24;
     if (is_full || many_linger) {
         refuse_client(fd, "too many clients");
         return;
@@ -2647,10 +2662,11 @@ static void wait_for_threads(int64_t ms) {
     while (threads > 0 && monotonic_us() < end) sleep_ms(10);
 }
 
-/* Makes the threads of all connections end. After SHUT_RD a thread still reads what has
-   arrived (on Linux), answers it, and then sees the end of the input. A client that goes
-   on sending is served for 2 s. Then nothing more is run, and replies to what was run get
-   half a second. */
+/* Makes the threads of all connections end. After SHUT_RD, recv (on Linux) still returns
+   what has arrived and what arrives later. But where it would block, it returns 0, the
+   end of the input. So a thread answers what there is, and then ends. A client that sends
+   without a pause is served for 2 s. Then nothing more is run, and replies to what was
+   run get half a second. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
@@ -2693,7 +2709,8 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    mallopt(M_ARENA_MAX, 2); /* so that others can use what a thread frees */
+    /* glibc gives threads heaps of their own; what one frees the others cannot use. */
+    mallopt(M_ARENA_MAX, 2);
 #endif
     if (opt.aof) aof_open();
     int listener = listen_on();
