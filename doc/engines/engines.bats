@@ -86,7 +86,10 @@ wait_until() { # COMMAND...
     done
 }
 
-ask() { printf '%s\n' "${@:2}" QUIT | timeout 20 nc "127.0.0.1" "$ports${1#70}" | sed '$d'; } # PORT LINE...
+ask() { # PORT LINE...: with $secret as the password, if there is one
+    { if [[ ${secret:-} ]]; then printf 'AUTH "%s"\n' "$secret"; fi && printf '%s\n' "${@:2}" QUIT; } |
+        timeout 20 nc 127.0.0.1 "$ports${1#70}" | sed "${secret:+1d;}\$d"
+}
 
 cli() { timeout 20 redis-cli -p "$ports${1#70}" "${@:2}"; } # PORT WORD...
 
@@ -293,7 +296,7 @@ missing() { # PORT
     write_on 3>&- 4>&- &
     pid[writer]=$!
     wait_until test -s written
-    wait_until more_than 2000
+    wait_until more_than 1000
     stop a KILL
     before=$(wc -l <written)
     wait_until says b ask 7000 'GET serving'
@@ -304,7 +307,7 @@ missing() { # PORT
     # The first comes back with its old file. Nobody is served by it until it has all.
     ask 7000 'SET newer b' 'DEL only-on-a' | is OK 1
     start_kv a 7001 --aof a.aof
-    for _ in {1..20}; do
+    for _ in {1..10}; do
         ask 7000 'GET newer' | is b
         sleep 0.05
     done
@@ -330,10 +333,16 @@ missing() { # PORT
 
 more_than() { (($(wc -l <written) > $1)); } # LINES
 
-@test "nobody serves by itself: two that have both been away wait for a person" {
-    start_kv a 7001 --aof a.aof
-    start_kv b 7002 --aof b.aof
-    run_config failover.haproxy.cfg 7000
+@test "nobody serves by itself: two that have both been away wait for a person; all with a password" {
+    secret='a long secret'
+    (umask 077 && echo "$secret" >password)
+    export KV_PASSWORD=$secret
+    start_kv a 7001 --aof a.aof --password-file password
+    start_kv b 7002 --aof b.aof --password-file password
+    take failover.haproxy.cfg
+    sed -i 's/^    #     tcp-check/    tcp-check/' failover.haproxy.cfg
+    run_in_background haproxy haproxy -db -f failover.haproxy.cfg
+    wait_until is_open "${ports}00"
     ask 7001 'SET from a' | is OK
     ask 7002 'SET from b' | is OK
     start_guard a 7001 b 7002
