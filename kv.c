@@ -75,7 +75,8 @@ struct slice {
     size_t len;
 };
 
-/* A short string that a function can return. */
+/* A short string that a function can return. There is room for what show returns, four
+   bytes for each of 64 and some more. */
 struct text {
     char text[272];
 };
@@ -594,9 +595,9 @@ static bool next_request(struct conn *c) {
 /* The functions that reply return whether the request has succeeded: fail false, all
    others true. So a command can end with return reply_...(). */
 
-/* Whether a reply must quote s: without quotes it could be taken for an error, the
-   end of a list or a quoted value. as_word: also what without quotes would not be
-   one word of a request. */
+/* Whether a reply must quote s: without quotes it could be taken for an error, the end of
+   a list, a quoted value or another line, or a blank at its end be missed. as_word: also
+   what without quotes would not be one word of a request. */
 static bool needs_quotes(struct slice s, bool as_word) {
     if (s.len == 0) return true;
     char first = s.p[0], last = s.p[s.len - 1];
@@ -610,8 +611,9 @@ static bool needs_quotes(struct slice s, bool as_word) {
 }
 
 /* Writes s as a double-quoted word to to, which has room for 4 * s.len + 2 bytes. Returns
-   where it ends. A double quote becomes \x22, which bash's printf %b knows, too. (This
-   runs under a shard's lock, and sprintf would take fifty times as long as hex.) */
+   where it ends. A double quote becomes \x22, so that printf %b of bash can decode the
+   word. (This runs under a shard's lock, and sprintf would take fifty times as long as
+   hex.) */
 static char *quote(char *to, struct slice s) {
     static const char hex[] = "0123456789abcdef";
     *to++ = '"';
@@ -809,8 +811,9 @@ struct table {
     size_t heap_len, heap_room;
 };
 
-/* lock guards the rest. A shard begins on a cache line of its own, so that two processors
-   that work on two shards do not slow each other down. */
+/* lock guards the rest. A processor takes memory from the others in lines of 64 bytes,
+   whichever of these it writes. So a shard begins on a line of its own: two processors
+   that work on two shards do not take lines from each other. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
@@ -941,8 +944,8 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. Only one of the two loops moves
-   anything. */
+   is later, or further down as long as a child is sooner. Not both: if d moves up, then
+   all that is below it is later. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -989,8 +992,8 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 
 /* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
    get its lock soon. Returns whether there may be more. The append-only file gets no
-   record: in a replay, a SET whose deadline has passed removes the key, and with it what
-   earlier records have stored (see store). */
+   record: a key's last record there has its deadline, also if EXPIRE set it. A replay
+   that finds it passed removes the key, too. */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -1051,12 +1054,12 @@ struct command {
    So when memory is out nothing has been changed, here or there. All this is done while
    the key's shard is locked: the file has the order in which things happened.
 
-   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file, and
-   with --fsync always on the disk. Before a reply is sent, the records that it reveals
-   must be safe, also when another client wrote them: if B reads what A has stored, and a
-   crash then undoes it, B knows something that never was. c->seen is the last record that
-   must be safe. Its number goes from aof_append by way of shard->appended, note_seen and
-   c->seen to aof_commit. */
+   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file; with
+   "--fsync always", when it is on the disk, too. Before a reply is sent, the records that
+   it reveals must be safe, also when another client wrote them: if B reads what A has
+   stored, and a crash then undoes it, B knows something that never was. c->seen is the
+   last record that must be safe. Its number goes from aof_append by way of
+   shard->appended, note_seen and c->seen to aof_commit. */
 
 /* Appends a record of n words, and sets *number to its number; without --aof does
    nothing. Returns false when memory is out. */
@@ -1356,11 +1359,12 @@ static bool match_item(const char **at, const char *end, char b) {
 }
 
 /* Whether s matches a glob pattern. On a mismatch the search goes back to the last star,
-   which takes one byte more. It need not go back to an earlier star: what is between the
-   two has matched at the first place where it fits. If there is a match in which it is
-   further right, move it back to that place, and let the last star take the bytes in
-   between: this is a match, too. So the time is at most the product of both lengths.
-   *a*b and xaxab:
+   which takes one byte more. It need not go back to an earlier one. Let the items between
+   the two stars be the piece. It has matched at the first place where it fits. Suppose
+   there is a match with the piece further right. Each of its items takes one byte, so the
+   piece can move to the first place as a whole, and the last star takes the bytes that
+   this leaves: that is a match, too. A star takes a byte more at most s.len times, and
+   between two such times at most pattern.len steps pass. *a*b and xaxab:
 
         byte    item
          x       a      no: back, the first star takes x
@@ -1902,12 +1906,13 @@ static ssize_t receive(struct conn *c, int flags) {
 }
 
 /* A thread that waits for input can block, or yield again and again and look in between.
-   To wake a thread that blocks costs more than some looks. But a yield may give the
-   processor to another program, for a time slice of some 4 ms. kv's own threads need
-   less, some 5 us each: 256 of them, which is FEW_CLIENTS below, 1.3 ms. SLOW_US is
-   between the two. So if a yield takes longer, another program wants the processor. Then
+   To wake a thread that blocks costs more than some looks. sched_yield lets all threads
+   run first that are ready on this processor, or returns at once if there is none. kv's
+   own threads take some 5 us each: 256 of them, which is FEW_CLIENTS below, 1.3 ms. But
+   another program takes a time slice of some 4 ms. SLOW_US is between the two: if a yield
+   takes longer, another program wants the processor, and it is better to block. So then
    this returns false, and so do its next PAUSE calls for this connection, which do not
-   yield at all: it is better to block. */
+   even yield. */
 static bool yield(struct conn *c) {
     enum { SLOW_US = 3500, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -2028,7 +2033,9 @@ static void *conn_main(void *arg) {
 
 /* The file is a sequence of batches. A batch is records, each a RESP array, and a line
    with the checksum of their bytes. The first batch has no records: its line says that
-   the file is kv's.
+   the file is kv's. All this can be sent to another kv as it is, for a record is a
+   request, and a checksum line is a comment of the text protocol: tail -F FILE | nc keeps
+   a copy.
 
    Threads append records to gathered while they hold a shard's lock, and write what has
    gathered before they reply. Records are counted from 1. */
@@ -2127,7 +2134,8 @@ static void take_batch(void) {
 /* Finishes the last batch, if it could not be written in full, else writes the next one.
    With --fsync always waits for the disk. Called by the writer, without the lock. Returns
    false when writing fails; the next call goes on where it stopped. A failed fsync ends
-   the program, for then nothing is known about the file. */
+   the program: the system may have dropped what it could not write, and then the next
+   fsync would succeed without it. */
 static bool write_batch(void) {
     struct buf *b = &aof.batch;
     if (b->len == 0) take_batch();
@@ -2353,9 +2361,9 @@ static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
 }
 
 /* Writes a file whose replay gives the present tables: an empty batch as the header,
-   then FLUSHALL, so that a copy of kv that follows the file by its name (tail -F) begins
-   anew, then a SET for each key, in batches. No other thread runs yet. Returns false on
-   failure, and when a signal asks for the end. */
+   then FLUSHALL, so that a copy that tail -F keeps begins anew, then a SET for each key,
+   in batches. No other thread runs yet. Returns false on failure, and when a signal asks
+   for the end. */
 static bool write_tables(int fd) {
     struct slice flush[] = {str("FLUSHALL")};
     struct buf b = {0};
@@ -2666,7 +2674,8 @@ static void wait_for_threads(int64_t ms) {
    what has arrived and what arrives later. But where it would block, it returns 0, the
    end of the input. So a thread answers what there is, and then ends. A client that sends
    without a pause is served for 2 s. Then nothing more is run, and replies to what was
-   run get half a second. */
+   run get half a second. The price: hang_up, too, sees the end at once, so a client that
+   sends until then may miss the last replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
@@ -2709,7 +2718,8 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    /* glibc gives threads heaps of their own; what one frees the others cannot use. */
+    /* glibc gives threads heaps of their own, and what is freed in one, the others cannot
+       use. With two, threads seldom wait for a heap, and little memory lies idle. */
     mallopt(M_ARENA_MAX, 2);
 #endif
     if (opt.aof) aof_open();
