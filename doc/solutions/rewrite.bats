@@ -3,67 +3,13 @@
 # SHORT=1 makes it do fewer rounds of kill -9.
 #
 # SC2030, SC2031: bats runs each test as a process. SC2016: an awk program has its own $1.
-# shellcheck disable=SC2030,SC2031,SC2016
+# SC2154: common.bash sets it.
+# shellcheck disable=SC2030,SC2031,SC2016,SC2154
 
-bats_require_minimum_version 1.5.0
-export LC_ALL=C TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
-KV=$(realpath "${KV:?names the kv to test}")
-rounds=60 && if [[ ${SHORT:-} ]]; then rounds=10; fi
-shards=() && if [[ $KV = *tsan* ]]; then shards=(-s 32); fi # it gives up at 64 locks
-command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=$((120 + rounds * 8))
+load common
 
-setup() {
-    tmp=$BATS_TEST_TMPDIR log=$BATS_TEST_TMPDIR/log pid='' port='' status=''
-    helpers=()
-}
-
-teardown() {
-    if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
-    if [[ $pid ]]; then kill -9 "$pid" 2>/dev/null || true; fi
-    if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' "$log"; then return 1; fi
-    if [[ ! ${BATS_TEST_COMPLETED:-} ]]; then tail -n 20 "$log"; fi
-}
-
-start_kv() { # OPTION...: sets $pid and $port
-    : >"$log"
-    "$KV" -p 0 "${shards[@]}" --aof "$tmp/aof" "$@" </dev/null 2>>"$log" 3>&- 4>&- &
-    pid=$! port=''
-    wait_until listening
-}
-
-listening() {
-    local text
-    text=$(<"$log")
-    gone "$pid" && return 1
-    [[ $text =~ 'listening on '.*:([0-9]+) ]] && port=${BASH_REMATCH[1]}
-}
-
-stop_kv() { # [SIGNAL]: sets $status
-    kill -s "${1:-TERM}" "$pid"
-    status=0
-    wait "$pid" || status=$?
-    pid=''
-}
-
-gone() { ! kill -0 "$@" 2>/dev/null; } # PID...
-
-wait_until() { # COMMAND...
-    local end=$((SECONDS + 20))
-    until "$@"; do
-        ((SECONDS < end)) || { echo "waited in vain until: $*" && return 1; }
-        sleep 0.01
-    done
-}
-
-ask() { printf '%s\n' "$@" | nc -N -w 60 127.0.0.1 "$port"; } # LINE...
-
-is() { diff -a <(printf '%s\n' "$@") -; } # LINE...
-
-size_of() { wc -c <"$1"; } # FILE
-
-inode() { stat -L -c %i "$1"; } # FILE
-
-x() { head -c "$1" /dev/zero | tr '\0' x; } # N: prints that many x
+rounds=60 && if [[ ${SHORT:-} ]]; then rounds=6; fi
+if [[ ${BATS_TEST_TIMEOUT:-} ]]; then export BATS_TEST_TIMEOUT=$((120 + rounds * 8)); fi
 
 started='Background append only file rewriting started'
 
@@ -83,14 +29,6 @@ second_is_refused() {
     timeout 20 "$KV" -p 0 --aof "$tmp/aof" </dev/null 2>"$tmp/second" || code=$?
     if ((code == 1)) && grep -q 'in use' "$tmp/second"; then return 0; fi
     echo "status $code" && cat "$tmp/second" && return 1
-}
-
-# Whether the file alone makes a kv answer the same.
-loads_the_same() { # REQUEST...
-    ask "$@" >"$tmp/before"
-    stop_kv KILL
-    start_kv
-    ask "$@" | cmp - "$tmp/before"
 }
 
 @test "BGREWRITEAOF makes the file small, keeps its mode, and loses nothing" {

@@ -1,0 +1,78 @@
+# What the tests of the solutions have in common: a kv with a file, $tmp/aof, and words with it. Each
+# NAME.bats loads this.
+#
+# SC2034: a test uses it. SC2119, SC2120: start_kv may have no options. SC2154: bats sets it.
+# shellcheck shell=bash disable=SC2034,SC2119,SC2120,SC2154
+
+bats_require_minimum_version 1.5.0
+export LC_ALL=C TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
+KV=$(realpath "${KV:?names the kv to test}")
+shards=() && if [[ $KV = *tsan* ]]; then shards=(-s 32); fi # it gives up at 64 locks
+command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=60
+
+setup() {
+    tmp=$BATS_TEST_TMPDIR log=$BATS_TEST_TMPDIR/log pid='' port='' status=''
+    helpers=()
+}
+
+teardown() {
+    if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
+    if [[ $pid ]]; then { kill -9 "$pid" && wait "$pid"; } 2>/dev/null || true; fi
+    if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' "$log"; then return 1; fi
+    if [[ ! ${BATS_TEST_COMPLETED:-} ]]; then tail -n 20 "$log"; fi
+}
+
+start_kv() { # OPTION...: sets $pid and $port
+    : >"$log"
+    "$KV" -p 0 "${shards[@]}" --aof "$tmp/aof" "$@" </dev/null 2>>"$log" 3>&- 4>&- &
+    pid=$! port=''
+    wait_until listening && [[ $port ]]
+}
+
+listening() {
+    local text
+    text=$(<"$log")
+    gone "$pid" && return 0 # it has ended
+    [[ $text =~ 'listening on '.*:([0-9]+) ]] && port=${BASH_REMATCH[1]}
+}
+
+stop_kv() { # [SIGNAL]: sets $status
+    kill -s "${1:-TERM}" "$pid"
+    status=0
+    wait "$pid" || status=$?
+    pid=''
+}
+
+gone() { ! kill -0 "$@" 2>/dev/null; } # PID...
+
+wait_until() { # COMMAND...
+    local end=$((SECONDS + 20))
+    until "$@"; do
+        ((SECONDS < end)) || { echo "waited in vain until: $*" && return 1; }
+        sleep 0.01
+    done
+}
+
+ask() { printf '%s\n' "$@" | nc -N -w 60 127.0.0.1 "$port"; } # LINE...
+
+is() { diff -a <(printf '%s\n' "$@") -; } # LINE...
+
+resp() { # WORD...: one request in RESP
+    local word
+    printf '*%d\r\n' $#
+    for word; do printf '$%d\r\n%s\r\n' ${#word} "$word"; done
+}
+
+size_of() { wc -c <"$1"; } # FILE
+
+inode() { stat -L -c %i "$1"; } # FILE
+
+x() { head -c "$1" /dev/zero | tr '\0' x; } # N: prints that many x
+
+# Whether the file alone makes a kv answer the same.
+loads_the_same() { # REQUEST...
+    ask "$@" >"$tmp/before"
+    stop_kv KILL
+    start_kv
+    ask "$@" | cmp - "$tmp/before"
+}
