@@ -10,8 +10,12 @@ static _Alignas(64) atomic_long atomic;
 static _Alignas(64) pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static enum { NO_GUARD, ATOMIC, MUTEX, OWN } way;
 
+static atomic_int ready; /* both threads begin together */
+
 static void *add(void *number) {
     volatile long *mine = number;
+    ready++;
+    while (ready < 2) sched_yield();
     for (long i = 0; i < N; i++) {
         if (way == ATOMIC) atomic++;
         if (way == MUTEX) pthread_mutex_lock(&lock);
@@ -28,6 +32,7 @@ int main(int argc, char **argv) {
         pthread_t other;
         int distance = way == OWN ? 8 : 0; /* another cache line */
         atomic = plain[0] = plain[8] = 0;
+        ready = 0;
         int64_t start = monotonic_us();
         pthread_create(&other, NULL, add, (void *)&plain[distance]);
         add((void *)&plain[0]);
