@@ -87,7 +87,8 @@ lint: ## check kv.c, the scripts, the references of doc/ and the size budget
 	clang-tidy --quiet --warnings-as-errors='*' --checks='$(TIDY)' kv.c -- $(STRICT)
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 	    --error-exitcode=1 kv.c
-	shellcheck -x test.sh bench.sh doc/alternatives/collide.sh $(shell grep -l '^.!.*bash' doc/measure/*) doc/measure/lib.sh doc/solutions/check doc/solutions/*.ba*s* .ci/run .ci/docrefs .ci/smoke
+	shellcheck -x test.sh bench.sh $(shell grep -l '^.!.*bash' doc/measure/*) doc/measure/lib.sh doc/solutions/check doc/solutions/*.ba*s* \
+	    $(addprefix doc/engines/,certificates follow guard man-tables measure to-cluster engines.bats) .ci/run .ci/docrefs .ci/smoke
 	.ci/docrefs
 	.ci/budget
 
@@ -100,6 +101,7 @@ deps: ## install what the tests need: bats 1.8 or newer, nc, redis-cli
 deps-all: deps ## and what make lint, make cross, .ci/run and comparisons with Redis need
 	@$(call install,gcc clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
 	    strace redis-server python3-redis prometheus-redis-exporter gnuplot-nox patch \
+	    nutcracker haproxy stunnel4 openssl perl \
 	    $(CROSS_DEPS),llvm cppcheck shellcheck cloc)
 	@$(call install,libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev,llvm)
 	@command -v npm >/dev/null || { $(call install,npm,node); }
@@ -123,9 +125,10 @@ install = set -e; if command -v apt-get >/dev/null; then \
 format: ## format kv.c
 	clang-format -i kv.c
 
-install: kv ## put kv into PREFIX/bin, /usr/local/bin if PREFIX is not given
-	install -d '$(DESTDIR)$(PREFIX)/bin'
+install: kv ## put kv and its man page below PREFIX, /usr/local if not given
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/share/man/man1'
 	install -m 755 kv '$(DESTDIR)$(PREFIX)/bin/kv'
+	install -m 644 doc/kv.1 '$(DESTDIR)$(PREFIX)/share/man/man1/kv.1'
 
 clean: ## remove what was built
 	rm -f kv kv-* *.gcda *.gcno
