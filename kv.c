@@ -612,8 +612,7 @@ static bool needs_quotes(struct slice s, bool as_word) {
 
 /* Writes s as a double-quoted word to to, which has room for 4 * s.len + 2 bytes. Returns
    where it ends. A double quote becomes \x22, so that printf %b of bash can decode the
-   word. (This runs under a shard's lock, and sprintf would take fifty times as long as
-   hex.) */
+   word. (This runs under a shard's lock, and sprintf would take many times as long.) */
 static char *quote(char *to, struct slice s) {
     static const char hex[] = "0123456789abcdef";
     *to++ = '"';

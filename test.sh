@@ -5103,7 +5103,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
 
 @test "keys that collide under FNV-1a, the hash of many servers, slow nothing" {
     start_kv
-    # Each of 14 blocks is taken from the one or from the other; made by doc/alternatives/collide.awk.
+    # Each of 14 blocks is taken from the one or from the other; see doc/measure/collide.c.
     awk 'BEGIN {
         one = "fJNAQOTDYMwhkrdAJzePXNCAQNQcMZRBWaQFcLxDIJxaGFPAfoNvVCFA" \
               "sRRsogcEIjAwREgAjpmcvopAvtiakctBvwZazLhDgSYoVkGEmJdDVjJA"

@@ -11,6 +11,9 @@ set -euo pipefail
 export LC_ALL=C
 cd "${BASH_SOURCE%/*}/../.."
 short=${SHORT:-0}
+optimise=-O3
+if ((short)); then optimise=-O1; fi # it compiles faster
+export CFLAGS="$optimise -g"
 T=$(mktemp -d)
 servers=()
 
@@ -52,7 +55,7 @@ build_patched() { # NAME
 
 # Builds doc/measure/NAME.c, which includes kv.c, as $T/NAME.
 build_with_kv() { # NAME
-    cc -std=c11 -D_GNU_SOURCE -O3 -w -I. -o "$T/$1" "doc/measure/$1.c" -pthread
+    cc -std=c11 -D_GNU_SOURCE "$optimise" -w -I. -o "$T/$1" "doc/measure/$1.c" -pthread
 }
 
 # In a check, ends with an error unless a condition of bash's (( )) holds.
