@@ -75,8 +75,9 @@ struct slice {
     size_t len;
 };
 
-/* A short string that a function can return. There is room for what show returns, four
-   bytes for each of 64 and some more. */
+/* A short string that a function can return. f(x).text can be an argument: C keeps the
+   struct until the call is done. There is room for what show returns, four bytes for each
+   of 64 and some more. */
 struct text {
     char text[272];
 };
@@ -810,9 +811,9 @@ struct table {
     size_t heap_len, heap_room;
 };
 
-/* lock guards the rest. A processor takes memory from the others in lines of 64 bytes,
-   whichever of these it writes. So a shard begins on a line of its own: two processors
-   that work on two shards do not take lines from each other. */
+/* lock guards the rest. To write one byte, a processor takes the whole line of 64 bytes
+   from the other processors. So a shard begins on a line of its own: two processors that
+   work on two shards do not take lines from each other. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
@@ -943,8 +944,8 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. Not both: if d moves up, then
-   all that is below it is later. */
+   is later, or further down as long as a child is sooner. It is either up or down: if d
+   moves up, then all that is below it is later. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -1358,12 +1359,7 @@ static bool match_item(const char **at, const char *end, char b) {
 }
 
 /* Whether s matches a glob pattern. On a mismatch the search goes back to the last star,
-   which takes one byte more. It need not go back to an earlier one. Let the items between
-   the two stars be the piece. It has matched at the first place where it fits. Suppose
-   there is a match with the piece further right. Each of its items takes one byte, so the
-   piece can move to the first place as a whole, and the last star takes the bytes that
-   this leaves: that is a match, too. A star takes a byte more at most s.len times, and
-   between two such times at most pattern.len steps pass. *a*b and xaxab:
+   which takes one byte more. An example, *a*b and xaxab:
 
         byte    item
          x       a      no: back, the first star takes x
@@ -1371,6 +1367,13 @@ static bool match_item(const char **at, const char *end, char b) {
          x       b      no: back, the second star takes x
          a       b      no: back, it takes a, too
          b       b      yes: the end of both
+
+   It need not go back to an earlier star. The a between the two stars fits the first a of
+   the string, and also the second. But a match with the second becomes one with the first
+   if the last star takes the bytes in between, too. So the first place that fits is as
+   good as any. star_i never goes down, also when another star becomes the last: all stars
+   together take one byte more at most s.len times, and between two such times at most
+   pattern.len steps pass.
 
    Once the server gives up, this goes back no more: KEYS then sends no list. */
 static bool glob_match(struct slice pattern, struct slice s) {
@@ -1906,12 +1909,14 @@ static ssize_t receive(struct conn *c, int flags) {
 
 /* A thread that waits for input can block, or yield again and again and look in between.
    To wake a thread that blocks costs more than some looks. sched_yield lets all threads
-   run first that are ready on this processor, or returns at once if there is none. kv's
-   own threads take some 5 us each: 256 of them, which is FEW_CLIENTS below, 1.3 ms. But
-   another program takes a time slice of some 4 ms. SLOW_US is between the two: if a yield
-   takes longer, another program wants the processor, and it is better to block. So then
-   this returns false, and so do its next PAUSE calls for this connection, which do not
-   even yield. */
+   run first that are ready on this processor, or returns at once if there is none.
+
+   If only kv's threads are ready, that takes at most FEW_CLIENTS (below) times some 5 us,
+   1.3 ms, even if all are on one processor. Another program takes a time slice of some
+   4 ms. So a yield of more than SLOW_US tells that another program wants the processor.
+   Then it is better to block, for the system lets a thread that it wakes run before a
+   program that has used its slice. So this returns false, and so do its next PAUSE calls
+   for this connection, which do not even yield. */
 static bool yield(struct conn *c) {
     enum { SLOW_US = 3500, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -1987,9 +1992,10 @@ static void run_requests(struct conn *c, const char *client) {
     }
 }
 
-/* Closes fd so that the client gets the last replies. Input that is still unread at
-   close makes TCP drop them. So this ends only our side first, and reads until the
-   client closes its side, has been silent for ms, or has gone on sending for ms. */
+/* Closes fd so that the client gets the last replies. If input is unread at close, or
+   comes later, the system resets the connection, and replies that are on the way are
+   lost. So this ends only our side first, and reads until the client closes its side, has
+   been silent for ms, or has gone on sending for ms. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
@@ -2159,7 +2165,9 @@ static bool write_batch(void) {
 
 /* Waits until the writer is done; if there is none, writes a batch itself. Called with
    the lock, which is released meanwhile. Returns false if writing here has failed. After
-   a wait nothing is certain: the callers look again whether they have what they want. */
+   a wait nothing is certain: the callers look again whether they have what they want. No
+   wake-up is lost: the writer changes safe and broken without the lock, but before it
+   clears has_writer, and a thread waits only if it has found has_writer set. */
 static bool wait_or_write(void) {
     if (aof.has_writer) {
         pthread_cond_wait(&aof.has_none, &aof.lock);
@@ -2227,8 +2235,9 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if nothing from start on looks like a checksum line. Two cases remain. If a
-   value contains such a line, a torn file is reported as damaged, and a person decides.
+   It is torn if nothing from start on looks like a checksum line. Three cases remain. If
+   a value contains such a line, a torn file is reported as damaged, and a person decides.
+   So is a file of which a power failure has left a later batch, but not an earlier one.
    If the last checksum line of the file has changed, its batch passes for torn. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
@@ -2673,8 +2682,9 @@ static void wait_for_threads(int64_t ms) {
    what has arrived and what arrives later. But where it would block, it returns 0, the
    end of the input. So a thread answers what there is, and then ends. A client that sends
    without a pause is served for 2 s. Then nothing more is run, and replies to what was
-   run get half a second. The price: hang_up, too, sees the end at once, so a client that
-   sends until then may miss the last replies. */
+   run get half a second. The price: in hang_up, too, recv returns 0 where it would block,
+   so it closes without waiting for the client. One that still sends then has its
+   connection reset, and may miss the last replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
@@ -2718,7 +2728,8 @@ int main(int argc, char **argv) {
     }
 #ifdef M_ARENA_MAX
     /* glibc gives threads heaps of their own, and what is freed in one, the others cannot
-       use. With two, threads seldom wait for a heap, and little memory lies idle. */
+       use. With two, little lies idle (./bench.sh measure arenas). A thread seldom waits
+       for one, for it has a small cache of its own before them. */
     mallopt(M_ARENA_MAX, 2);
 #endif
     if (opt.aof) aof_open();
