@@ -168,10 +168,10 @@ static bool is_logged(enum level level) {
 }
 
 /* Writes one line to stderr in one call, so that the lines of several threads never mix.
-   What does not fit is cut. Never blocks: if stderr is a full pipe that nobody reads, the
-   line is dropped. A pipe that poll calls writable takes PIPE_BUF bytes (4096 on Linux),
-   more than a line has. The lock keeps other threads from filling it between poll and
-   write. */
+   What does not fit is cut. If stderr is a full pipe that nobody reads, the line is
+   dropped, and nobody waits. A pipe that poll calls writable takes PIPE_BUF bytes (4096
+   on Linux), more than a line has. The lock keeps other threads from filling it between
+   poll and write. (A terminal that is halted may still make this wait.) */
 static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
     static const char *tags[] = {"ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -993,7 +993,8 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 /* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
    get its lock soon. Returns whether there may be more. The append-only file gets no
    record: a key's last record there has its deadline, also if EXPIRE set it. A replay
-   that finds it passed removes the key, too. */
+   that finds it passed removes the key, too. (If the clock was set back before a start,
+   the key is there again. To record each expiry would cost more than this is worth.) */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -2029,7 +2030,9 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
-    hang_up(c.fd, 1000);
+    /* Those that linger must not lock others out, see accept_client. */
+    bool many_linger = threads > opt.max_clients + 12;
+    hang_up(c.fd, many_linger ? 0 : 1000);
     threads--; /* the last thing: main ends the program at 0 */
     return NULL;
 }
@@ -2420,8 +2423,8 @@ static int compact(const char *path, int fd) {
     char name[PATH_MAX + 16];
     struct stat st;
     uint64_t keys = 0;
-    snprintf(name, sizeof name, "%s.compact", path);
-    unlink(name); /* a leftover of a crash; mostly there is none */
+    snprintf(name, sizeof name, "%s.kv-compact", path);
+    unlink(name); /* a leftover of a crash, if any: nobody else has files of this name */
     for (long i = 0; i < opt.shards; i++) keys += shards[i].table.count;
     if (aof.end <= 2 * keys + 1) return fd; /* 1: FLUSHALL */
     /* A file of several names is left alone: a rename would change only one. */
@@ -2539,7 +2542,7 @@ static void accept_client(int listener, const pthread_attr_t *attributes) {
     }
     if (clients >= opt.max_clients) sleep_ms(1); /* one that is leaving makes room */
     bool is_full = clients >= opt.max_clients;
-    /* These hold descriptors, too; reserve_descriptors has 32 to spare. */
+    /* Threads in hang_up hold descriptors, too; reserve_descriptors has 32 to spare. */
     bool many_linger = threads >= opt.max_clients + 24;
     if (is_full || many_linger) {
         refuse_client(fd, "too many clients");

@@ -1989,6 +1989,15 @@ stop_with_queue() { # COUNT [FILE]
     for fd in "${queue[@]}"; do rest "$fd" || true; done
 }
 
+@test "clients that QUIT and do not close lock nobody out, though they are more than --max-clients" {
+    start_kv -c 10
+    for i in {1..200}; do
+        connect
+        answers "$c" QUIT OK
+        if ((i % 10 == 0)); then ask PING | is PONG; fi
+    done
+}
+
 @test "SIGTERM ends the server within 5 s also at the limit (-c 1), when 200 more clients want to come" {
     start_kv -c 1
     connect
@@ -4773,10 +4782,10 @@ serves_from_old() { # REASON
     command -v prlimit >/dev/null || skip "prlimit is missing"
     plain=("${leash[@]}")
     file_to_compact
-    mkdir "$tmp/aof.compact" # in its place
+    mkdir "$tmp/aof.kv-compact" # in its place
     start_aof
     serves_from_old .
-    rmdir "$tmp/aof.compact"
+    rmdir "$tmp/aof.kv-compact"
     stop_kv
     for limit in 2000 20100; do # the log is smaller, and goes on
         leash=("${plain[@]}" prlimit --fsize="$limit":)
@@ -4784,7 +4793,7 @@ serves_from_old() { # REASON
         more_room
         leash=("${plain[@]}")
         serves_from_old 'File too large'
-        [[ ! -e $tmp/aof.compact ]]
+        [[ ! -e $tmp/aof.kv-compact ]]
         refuses 1 'in use' -p 0 --aof "$tmp/aof"
         stop_kv
     done
@@ -4812,7 +4821,7 @@ serves_from_old() { # REASON
         start_aof
         leash=("${plain[@]}")
         serves_from_old 'Device or resource busy'
-        [[ ! -e $tmp/aof.compact ]]
+        [[ ! -e $tmp/aof.kv-compact ]]
         stop_kv
         start_aof
         holds_five
@@ -4846,7 +4855,7 @@ start_compacting() {
     wait_until_quick compacting
 }
 
-compacting() { [[ -e $tmp/aof.compact ]] || ended || grep -q listening "$log"; }
+compacting() { [[ -e $tmp/aof.kv-compact ]] || ended || grep -q listening "$log"; }
 
 # Looks all the time, for moments count here.
 wait_until_quick() { # COMMAND...
@@ -4890,13 +4899,13 @@ old_or_new() { # counts them in $olds and $news
         start_compacting
         sleep "$pause"
         stop_kv KILL
-        if [[ -e $tmp/aof.compact ]]; then leftovers=$((leftovers + 1)); fi
+        if [[ -e $tmp/aof.kv-compact ]]; then leftovers=$((leftovers + 1)); fi
         old_or_new
     done
     echo "$olds times the old file, $news times the new one; $leftovers leftovers"
     ((olds > 0 && leftovers > 0)) # or else the moments were not within it
     start_aof # whatever the last one has left
-    [[ ! -e $tmp/aof.compact ]]
+    [[ ! -e $tmp/aof.kv-compact ]]
     talk <"$tmp/look" | cmp - "$tmp/expected"
 }
 
@@ -4906,11 +4915,11 @@ old_or_new() { # counts them in $olds and $news
     for pause in 0 0 0.02 0.05 0.1 0.2; do
         start_compacting
         sleep "$pause"
-        if [[ -e $tmp/aof.compact ]]; then amid=$((amid + 1)); fi
+        if [[ -e $tmp/aof.kv-compact ]]; then amid=$((amid + 1)); fi
         stop_kv
         ((status == 0 && took < (${#sanitized} ? 8000 : 3000)))
         not grep ERROR "$log"
-        [[ ! -e $tmp/aof.compact ]]
+        [[ ! -e $tmp/aof.kv-compact ]]
         old_or_new
     done
     echo "$olds times the old file, $news times the new one; $amid signals came amid it"
@@ -4921,22 +4930,22 @@ old_or_new() { # counts them in $olds and $news
     for leftover in file link hole; do
         file_to_compact
         case $leftover in
-            file) printf 'SET a 666\r\n' >"$tmp/aof.compact" ;;
+            file) printf 'SET a 666\r\n' >"$tmp/aof.kv-compact" ;;
             link)
                 echo precious >"$tmp/other"
-                ln -s other "$tmp/aof.compact"
+                ln -s other "$tmp/aof.kv-compact"
                 ;;
-            hole) truncate -s 1G "$tmp/aof.compact" && chmod 0 "$tmp/aof.compact" ;;
+            hole) truncate -s 1G "$tmp/aof.kv-compact" && chmod 0 "$tmp/aof.kv-compact" ;;
         esac
         start_aof
-        [[ ! -e $tmp/aof.compact && ! -L $tmp/aof.compact ]]
+        [[ ! -e $tmp/aof.kv-compact && ! -L $tmp/aof.kv-compact ]]
         (($(inode "$tmp/aof") != old))
         holds_five
         stop_kv
         old=$(inode "$tmp/aof")
-        echo >"$tmp/aof.compact"
+        echo >"$tmp/aof.kv-compact"
         start_aof # here there is nothing to compact
-        [[ ! -e $tmp/aof.compact ]]
+        [[ ! -e $tmp/aof.kv-compact ]]
         (($(inode "$tmp/aof") == old))
         stop_kv
         rm "$tmp/aof"
@@ -4973,7 +4982,7 @@ old_or_new() { # counts them in $olds and $news
     start_aof
     (($(inode "$tmp/aof") == old && $(inode "$tmp/backup") == old))
     cmp "$tmp/aof" "$tmp/copy"
-    [[ ! -e $tmp/aof.compact ]]
+    [[ ! -e $tmp/aof.kv-compact ]]
     holds_five
     ask 'INCR n' | is 8
     stop_kv
@@ -4987,7 +4996,7 @@ old_or_new() { # counts them in $olds and $news
     file_slow_to_compact
     start_compacting
     kill -STOP "$pid"
-    caught=0 && if [[ -e $tmp/aof.compact ]]; then caught=1; fi
+    caught=0 && if [[ -e $tmp/aof.kv-compact ]]; then caught=1; fi
     (for i in 1 2; do refuses 1 'in use' -p 0 --aof "$tmp/aof" || exit 1; done) || caught='another kv'
     kill -CONT "$pid"
     [[ $caught = 1 ]] # or else it was too fast to be stopped amid the compaction

@@ -40,7 +40,7 @@ second_is_refused() {
     (($(size_of "$tmp/aof") > 3000000))
     rewrite
     (($(size_of "$tmp/aof") < 1002000 && $(inode "$tmp/aof") != old))
-    [[ $(stat -c %a "$tmp/aof") = 640 && ! -e $tmp/aof.compact ]]
+    [[ $(stat -c %a "$tmp/aof") = 640 && ! -e $tmp/aof.kv-compact ]]
     ask 'INCR n' 'DEL big' | is 100001 1
     loads_the_same 'GET n' 'GET big' 'PTTL none' 'GET "\x00\r\n"' 'GET late' 'EXISTS gone' DBSIZE
     is 100001 '(nil)' -2 $'\xff' 1 0 3 <"$tmp/before"
@@ -141,11 +141,11 @@ each_is_right='
     ask BGREWRITEAOF | is "$started"
     wait_until grep -q 'not rewritten: File too large' "$log"
     prlimit --pid "$pid" --fsize=unlimited:
-    [[ $(inode "$tmp/aof") = "$old" && ! -e $tmp/aof.compact ]]
+    [[ $(inode "$tmp/aof") = "$old" && ! -e $tmp/aof.kv-compact ]]
     wait_until writes_work
-    mkdir "$tmp/aof.compact"
+    mkdir "$tmp/aof.kv-compact"
     rewrite 'not rewritten: File exists'
-    rmdir "$tmp/aof.compact"
+    rmdir "$tmp/aof.kv-compact"
     ln "$tmp/aof" "$tmp/backup"
     rewrite 'not rewritten: it has another name'
     rm "$tmp/backup"
@@ -178,9 +178,9 @@ writes_work() { [[ $(ask 'SET probe 1') = OK ]]; }
     for _ in 1 2 3 4 5; do # a busy machine may be too slow to stop it in time
         exec {c}<>"/dev/tcp/127.0.0.1/$port"
         ask BGREWRITEAOF | is "$started"
-        until [[ -e $tmp/aof.compact ]] || grep -q ': rewritten' "$log"; do :; done
+        until [[ -e $tmp/aof.kv-compact ]] || grep -q ': rewritten' "$log"; do :; done
         kill -STOP "$pid"
-        amid=0 && if [[ -e $tmp/aof.compact ]]; then amid=1; fi
+        amid=0 && if [[ -e $tmp/aof.kv-compact ]]; then amid=1; fi
         prlimit --pid "$pid" --fsize="$(($(size_of "$tmp/aof") + 10)):"
         echo 'SET half 1' >&"$c"
         kill -CONT "$pid"
@@ -195,7 +195,7 @@ writes_work() { [[ $(ask 'SET probe 1') = OK ]]; }
     ((amid))
     [[ $line = *MISCONF* ]]
     wait_until grep -q 'not rewritten: File too large' "$log"
-    [[ ! -e $tmp/aof.compact ]]
+    [[ ! -e $tmp/aof.kv-compact ]]
     prlimit --pid "$pid" --fsize=unlimited:
     wait_until writes_work
     loads_the_same 'GET half' 'GET probe' 'GET k1' DBSIZE
@@ -215,7 +215,7 @@ writes_work() { [[ $(ask 'SET probe 1') = OK ]]; }
         files=$(find "/proc/$pid/fd" -lname "$tmp/aof*" | wc -l)
         ((files == 2))
     done
-    mkdir "$tmp/aof.compact" # nor after one that has failed
+    mkdir "$tmp/aof.kv-compact" # nor after one that has failed
     rewrite 'not rewritten'
     second_is_refused
 }
@@ -227,7 +227,7 @@ writes_work() { [[ $(ask 'SET probe 1') = OK ]]; }
         is '(error) ERR Background append only file rewriting already in progress' "$started"
     stop_kv # in the midst of it
     ((status == 0))
-    [[ ! -e $tmp/aof.compact ]]
+    [[ ! -e $tmp/aof.kv-compact ]]
     start_kv
     ask DBSIZE | is 20000
     stop_kv
