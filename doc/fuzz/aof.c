@@ -70,7 +70,7 @@ DRIVER static ssize_t from_client(char *to, size_t room, int flags) {
     const char *from = requests + requests_at, *p = from;
     size_t left = requests_len - requests_at, n = 0;
     (void)flags;
-    check_no_locks(false);
+    check_no_locks();
     if (chance && draw(2)) aof_tick();
     for (size_t i = 0; i < together && p; i++) {
         p = memchr(from + n, '\n', left - n);
@@ -85,7 +85,7 @@ DRIVER static ssize_t from_client(char *to, size_t room, int flags) {
 /* Who is answered can rely on it. */
 DRIVER static ssize_t to_client(const char *p, size_t n) {
     (void)p;
-    check_no_locks(false);
+    check_no_locks();
     if (aof.broken) return (ssize_t)n;
     batch_is_written();
     if (fsync_policy == FSYNC_ALWAYS) CLAIM(file->synced == file->len);

@@ -13,7 +13,7 @@ static int run, last_errno;
 
 DRIVER static ssize_t from_client(char *to, size_t n, int flags) {
     size_t left = stream_len - stream_at, room = n;
-    check_no_locks(false);
+    check_no_locks();
     if (chance && draw(8) == 0) return fails(EINTR);
     if (chance && flags && draw(2)) return fails(EAGAIN);
     if (left == 0 && last_errno && !flags) return fails(last_errno);
@@ -27,7 +27,7 @@ DRIVER static ssize_t from_client(char *to, size_t n, int flags) {
 }
 
 DRIVER static ssize_t to_client(const char *p, size_t n) {
-    check_no_locks(false);
+    check_no_locks();
     if (chance && draw(8) == 0) return fails(EINTR);
     if (chance && draw(2)) n = draw((uint32_t)n) + 1;
     CLAIM(replies_len[run] + n <= sizeof replies[run]);
