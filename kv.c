@@ -1932,8 +1932,8 @@ static bool yield(struct conn *c) {
 
 /* Looks for input up to LOOKS times without blocking, and yields before each look. With
    more than FEW_CLIENTS it does not look, for then there is mostly another client to
-   serve. Returns what recv does, or -1 and EAGAIN for no input. (LOOKS and PAUSE are what
-   measured best, see the chapter Performance.) */
+   serve. Returns what recv does, or -1 and EAGAIN for no input. (What LOOKS and SLOW_US
+   do can be tried: exercises 1 and 4 of the chapter Performance.) */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;

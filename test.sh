@@ -3493,6 +3493,16 @@ contents() { # [PORT]
     redis-cli -p "${1:-$port}" DBSIZE
 }
 
+# Stops kv. A real Redis then loads its file with no complaint, and holds what $tmp/before says.
+redis_holds_the_same() {
+    stop_kv
+    mkdir "$tmp/redis"
+    cp "$tmp/aof" "$tmp/redis/"
+    start_redis --dir "$tmp/redis" --appendonly yes --appendfilename aof
+    not grep -iE 'error|bad|truncated' "$tmp/redis.log"
+    contents "$redis_port" | cmp - "$tmp/before"
+}
+
 # A deadline in some 28 hours, in ms, which rounding to 10 s puts in the middle.
 deadline() { echo $((($(date +%s) / 10 * 10 + 100005) * 1000)); }
 
@@ -4029,12 +4039,7 @@ past() { (($(now_ms) > $1)); } # MS
     keys
     contents "$port" >"$tmp/before"
     (($(wc -l <"$tmp/keys") > 200))
-    stop_kv
-    mkdir "$tmp/redis"
-    cp "$tmp/aof" "$tmp/redis/"
-    start_redis --dir "$tmp/redis" --appendonly yes --appendfilename aof
-    not grep -iE 'error|bad|truncated' "$tmp/redis.log"
-    contents "$redis_port" | cmp - "$tmp/before"
+    redis_holds_the_same
 }
 
 # Redis keeps a base and what came since; both may hold lines with the time, which begin with #.
@@ -5046,12 +5051,7 @@ old_or_new() { # counts them in $olds and $news
     keys
     (($(wc -l <"$tmp/keys") > 800))
     contents >"$tmp/before"
-    stop_kv
-    mkdir "$tmp/redis"
-    cp "$tmp/aof" "$tmp/redis/"
-    start_redis --dir "$tmp/redis" --appendonly yes --appendfilename aof
-    not grep -iE 'error|bad|truncated' "$tmp/redis.log"
-    contents "$redis_port" | cmp - "$tmp/before"
+    redis_holds_the_same
 }
 
 @test "who follows the file by its name begins anew with a compacted one" {

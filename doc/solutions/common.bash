@@ -76,3 +76,13 @@ loads_the_same() { # REQUEST...
     start_kv
     ask "$@" | cmp - "$tmp/before"
 }
+
+each_is_wrong() { # REQUEST ERROR ...: each request gets its error, in text and in RESP
+    local words
+    while (($#)); do
+        ask "$1" | is "(error) $2"
+        read -r -a words <<<"$1"
+        resp "${words[@]}" | nc -N 127.0.0.1 "$port" | is "-$2"$'\r'
+        shift 2
+    done
+}

@@ -106,9 +106,5 @@ flush_and_fill() {
         'SCAN 0 COUNT x' 'ERR value is not an integer or out of range'
         'SCAN' "ERR wrong number of arguments for 'scan' command: SCAN cursor [MATCH pattern] [COUNT n]"
     )
-    for ((i = 0; i < ${#wrong[@]}; i += 2)); do
-        ask "${wrong[i]}" | is "(error) ${wrong[i + 1]}"
-        read -r -a words <<<"${wrong[i]}"
-        resp "${words[@]}" | nc -N 127.0.0.1 "$port" | is "-${wrong[i + 1]}"$'\r'
-    done
+    each_is_wrong "${wrong[@]}"
 }

@@ -38,10 +38,6 @@ key_is() { [[ $(ask "GET $1") = "$2" ]]; } # KEY REPLY
         'SETNX a' "ERR wrong number of arguments for 'setnx' command: SETNX key value"
         'SETNX a 2 3' "ERR wrong number of arguments for 'setnx' command: SETNX key value"
     )
-    for ((i = 0; i < ${#wrong[@]}; i += 2)); do
-        ask "${wrong[i]}" | is "(error) ${wrong[i + 1]}"
-        read -r -a words <<<"${wrong[i]}"
-        resp "${words[@]}" | nc -N 127.0.0.1 "$port" | is "-${wrong[i + 1]}"$'\r'
-    done
+    each_is_wrong "${wrong[@]}"
     ask 'GET a' 'TTL a' DBSIZE | is 1 -1 1
 }
