@@ -945,8 +945,7 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
    is later, or further down as long as a child is sooner. Only one of the two loops moves
-   anything. After the first, all that is below slot is later than d, so the second stops
-   at once. */
+   anything: if the first has moved up, all that is below slot is later than d. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -1335,23 +1334,22 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it. As in Redis, any byte behind a
-   - ends a range, also a ]: [a-]x] has the bytes from ] (0x5d) to a (0x61), and x.
+/* Whether b is in the class at *at, which moves behind it. As in Redis, a range may be
+   written either way round, [a-z] or [z-a], and any byte may end it, also a ].
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
     bool match = false, negate = p < end && *p == '^';
     if (negate) p++;
-    for (; p < end && *p != ']'; p++) {
+    while (p < end && *p != ']') {
         bool escaped = *p == '\\' && end - p > 1;
         if (escaped) p++;
-        unsigned char low = (unsigned char)*p, high = low;
-        if (!escaped && end - p > 2 && p[1] == '-') {
-            p += 2;
-            high = (unsigned char)*p;
-        }
-        if (low <= b && b <= high) match = true;
-        if (high <= b && b <= low) match = true; /* [z-a], as in Redis */
+        bool is_range = !escaped && end - p > 2 && p[1] == '-';
+        unsigned char first = (unsigned char)p[0];
+        unsigned char last = (unsigned char)p[is_range ? 2 : 0];
+        if (first <= b && b <= last) match = true;
+        if (last <= b && b <= first) match = true;
+        p += is_range ? 3 : 1;
     }
     *at = p < end ? p + 1 : p;
     return match != negate;
@@ -1377,8 +1375,10 @@ static bool match_item(const char **at, const char *end, char b) {
          a       b      no: back, it takes a, too
          b       b      yes: the end of both
 
-   An earlier star need not take more than at first: the chapter shows why. star_i only
-   grows, so this goes back at most s.len times.
+   The last star is enough. Take *A*B, and A at the leftmost place where it matches. If
+   there is a match with A further right, leave A where it is, and let the second star
+   also take the bytes in between: B stays where it was. star_i only grows, so this goes
+   back at most s.len times.
 
    Once the server gives up, this goes back no more: KEYS then sends no list. */
 static bool glob_match(struct slice pattern, struct slice s) {
@@ -1879,10 +1879,11 @@ static void replace_replies(struct conn *c) {
 }
 
 /* Sends all replies, once the records that they reveal are safe. Where the file cannot be
-   written there are two cases. If one of the requests writes, all replies become MISCONF.
-   If all only read, they are sent as they are, although they may reveal a change that a
-   crash now would undo: a full disk is no reason to stop reading. Blocks until the client
-   has taken the replies, up to --timeout. Sets closing on failure. */
+   written there are two cases. If one of the requests writes, all replies become MISCONF:
+   it is not known which reply belongs to it. If all only read, they are sent as they are,
+   although they may reveal a change that a crash now would undo: a full disk is no reason
+   to stop reading. Blocks until the client has taken the replies, up to --timeout. Sets
+   closing on failure. */
 static void send_replies(struct conn *c) {
     if (!aof_commit(c) && c->writes) replace_replies(c);
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
@@ -1918,13 +1919,15 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Lets other threads run first. Returns whether they were all kv's: then it is worth
-   looking for input again. The system does not tell, so this measures the time. If only
-   threads of kv ran, the yield took clients * TURN_US at most, and mostly far less. If it
-   took HALF_SLICE_US more, another program ran: those run for a time slice of some 4000
-   us. To yield to it again and again would cost a slice each time. To block is better
-   then, for a thread that has slept is soon run when it is woken. So this returns false,
-   and the next PAUSE calls for this connection do not even yield. */
+/* Lets other threads do their part first: all that are ready run before this one goes on.
+   Returns whether all these were kv's. A thread of kv runs for at most TURN_US before it
+   waits for something. Another program runs for a whole time slice, some 4000 us. So if
+   the yield took half a slice longer than one turn of each client's thread, another
+   program has run.
+
+   Then the caller had better block: each further yield could cost a slice, and a thread
+   that has slept is run soon after it is woken. So the next PAUSE calls for this
+   connection return false at once. */
 static bool yield(struct conn *c) {
     enum { TURN_US = 25, HALF_SLICE_US = 2000, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -2017,11 +2020,10 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* A thread in hang_up is no client any more, but still has a descriptor. It waits for its
-   client only as long as there are at most MAX_LINGERING threads more than --max-clients
-   allows. So SPARE_DESCRIPTORS, which kv reserves besides those of --max-clients, mostly
-   are enough for such threads, the listener, the file and so on. (If they are not, accept
-   fails, and the next client waits a little.) */
+/* A thread in hang_up is no client any more, but still has a descriptor. If a thread ends
+   when there are more than --max-clients + MAX_LINGERING threads, it closes at once. kv
+   reserves --max-clients + SPARE_DESCRIPTORS: the others are for the listener, the file
+   and so on. (If they run out all the same, accept fails, and the next client waits.) */
 enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = 32 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
@@ -2220,13 +2222,16 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is, also if broken is set: then this is the next try. Returns false
-   when writing fails. */
+/* Writes all there is. If broken is set, the first call is the next try for the batch
+   that failed. If it succeeds, broken is cleared, and the loop goes on with what has
+   gathered. Returns false when writing fails. */
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    if (aof.safe < end) wait_or_write(); /* even if broken is set, unlike the next line */
-    while (aof.safe < end && !aof.broken) wait_or_write();
+    if (aof.safe < end) {
+        do wait_or_write();
+        while (aof.safe < end && !aof.broken);
+    }
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= end;
 }
@@ -2320,7 +2325,8 @@ static size_t replay(struct slice file) {
     c.max_words = MAX_WORDS;
     int64_t next_report = monotonic_us() + 1000000;
     size_t good = 0;
-    /* Room for all words, so that what take_array refuses is wrong: memory is not out. */
+    /* Room for all words. Else take_array could refuse a record only because memory is
+       out, and that would pass for damage. */
     c.argv = malloc(MAX_WORDS * sizeof *c.argv);
     c.argv_room = MAX_WORDS;
     if (!c.argv) die_of_aof("replay");
