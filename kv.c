@@ -1921,28 +1921,29 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* A thread has two ways to wait for input. It can yield and look, again and again: that
-   is cheaper as long as only threads of kv want the processor, for nobody has to be
-   woken. Or it can block: that is better if another program wants it, too. Such a program
-   runs for a whole time slice, some 4000 us, each time that a thread yields; but a thread
-   that has slept and is woken mostly runs before it.
+/* A thread that waits for input can block, or yield and look, again and again. To look is
+   cheaper as long as only threads of kv use the processor, for nobody has to be woken. If
+   another program uses it, too, it is better to block: each yield would let that program
+   run for a whole time slice, but Linux lets a thread that is woken run before a program
+   that has used more of the processor.
 
-   yield lets other threads run first, and finds out which of the two it is, from the time
-   that this took. If all were kv's, it took at most TURN_US for each client. If there was
-   another program, it took a slice more. The limit is half a slice more. yield returns
-   true for the first case. In the second it returns false, and so do its next PAUSE calls
-   for this connection, which do not even yield. */
+   yield lets other threads run, and returns whether they were all kv's. The time that it
+   took tells: a thread of kv runs for TURN_US at most before it waits again, another
+   program for SLICE_US. With 10 clients that makes 250 us at most if all were kv's, and
+   some 4000 us more if not. The limit is in the middle, 2250 us. If it took longer, this
+   and the next PAUSE calls for this connection return false, and those do not yield. */
 static bool yield(struct conn *c) {
-    enum { TURN_US = 25, HALF_SLICE_US = 2000, PAUSE = 200 };
+    enum { TURN_US = 25, SLICE_US = 4000, PAUSE = 200 };
     if (c->no_yields > 0) {
         c->no_yields--;
         return false;
     }
     int64_t start = monotonic_us();
     sched_yield();
-    bool was_slow = monotonic_us() - start > HALF_SLICE_US + TURN_US * clients;
-    if (was_slow) c->no_yields = PAUSE;
-    return !was_slow;
+    int64_t took = monotonic_us() - start;
+    bool only_kv = took <= clients * TURN_US + SLICE_US / 2;
+    if (!only_kv) c->no_yields = PAUSE;
+    return only_kv;
 }
 
 /* Looks for input up to LOOKS times without blocking, and yields before each look, as
@@ -1987,8 +1988,8 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* The buffer was filled: double it, so that the next read can take more. (receive alone
-       would leave it as it is once its requests have been run.) */
+    /* The buffer is full: double it, so that the next read can take more. (receive would
+       not: by then the requests in it have been run, and it has MIN_READ bytes again.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
@@ -2025,11 +2026,9 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* Each connection's thread has a descriptor, whether it serves a client or is in hang_up,
-   where it is no client any more. A thread that comes there when there are more than
-   --max-clients + MAX_LINGERING threads in all closes at once. 16 descriptors more are
-   for the listener, the file and so on. (If they run out all the same, accept fails, and
-   the next client waits.) */
+/* Descriptors that kv reserves besides one for each client: 16 for threads that wait in
+   hang_up, where they are no clients any more, and 16 for the listener, the file and so
+   on. (If they run out all the same, accept fails, and the next client waits.) */
 enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = MAX_LINGERING + 16 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
@@ -2052,6 +2051,7 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
+    /* threads: of clients and in hang_up. Each has a descriptor. */
     bool may_linger = threads <= opt.max_clients + MAX_LINGERING;
     hang_up(c.fd, may_linger ? 1000 : 0);
     threads--; /* the last thing: main ends the program at 0 */
@@ -2230,9 +2230,9 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is. Returns false when writing fails. This also is the next try when
-   broken is set: so it writes one batch in any case, and then goes on as long as it can.
-   */
+/* Writes all there is. Returns false when writing fails. If broken is set, this is the
+   next try, and no other thread writes, for aof_commit gives up then. So this calls
+   wait_or_write at least once, and goes on as long as that works. */
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
@@ -2288,7 +2288,7 @@ static bool is_torn(struct slice file, size_t start) {
 
 /* Returns the checksum line that ends the batch at start. Returns NULL if it is not
    right, or if there is none. c->in is the file itself, mapped read-only: take_array
-   only reads it. */
+   only reads it. If that refuses a record, nobody looks at its reply and c->closing. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2480,8 +2480,10 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* A lock belongs to a file, not to its name. Between open and lock here, another kv
-       may have compacted, locked its new file and closed the old one, which is fd. */
+    /* A lock belongs to a file, not to its name. So this may have happened:
+         this kv opens the file;
+         another kv compacts: it locks a new file, gives it this name, closes the old one;
+         this kv locks the old one, which has no name any more. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
