@@ -944,8 +944,9 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. If it has gone up, the child
-   now below it is the old parent. That is later than d, so d does not go down again. */
+   is later, or further down as long as a child is sooner. If it has gone up, one child is
+   now the old parent, which is later than d, and the other one was a child of that
+   parent, so it is not sooner. Then d does not go down again. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -1921,17 +1922,17 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* A thread that waits for input can block, or yield and look, again and again. To look is
-   cheaper as long as only threads of kv use the processor, for nobody has to be woken. If
-   another program uses it, too, it is better to block: each yield would let that program
-   run for a whole time slice, but Linux lets a thread that is woken run before a program
-   that has used more of the processor.
+/* A thread that waits for input can block, or yield and look, again and again. As long as
+   only threads of kv use the processor, it is better to look: nobody has to be woken, and
+   the turns of the others are short. If another program uses it, too, it is better to
+   block. A thread that yields goes to the end of the queue, behind a whole time slice of
+   that program. A thread that blocked and is woken mostly goes to its front.
 
-   yield lets other threads run, and returns whether they were all kv's. The time that it
-   took tells: a thread of kv runs for TURN_US at most before it waits again, another
-   program for SLICE_US. With 10 clients that makes 250 us at most if all were kv's, and
-   some 4000 us more if not. The limit is in the middle, 2250 us. If it took longer, this
-   and the next PAUSE calls for this connection return false, and those do not yield. */
+   sched_yield returns when the threads that were ready on this processor have had a turn.
+   If all were kv's, at most one for each client, that takes some TURN_US for each. If
+   another program was among them, it takes SLICE_US more. The limit is in the middle:
+   with 10 clients it is 250 us + 2000 us. If it took longer, yield returns false, and so
+   do its next PAUSE calls for this connection, which do not even yield. */
 static bool yield(struct conn *c) {
     enum { TURN_US = 25, SLICE_US = 4000, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -1988,8 +1989,8 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* The buffer is full: double it, so that the next read can take more. (receive would
-       not: by then the requests in it have been run, and it has MIN_READ bytes again.) */
+    /* It was filled, so more may be waiting: double it. Otherwise it would keep its size,
+       for its requests are run before the next read, and then MIN_READ bytes are free. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
@@ -2209,7 +2210,8 @@ static void wait_or_write(void) {
     pthread_mutex_unlock(&aof.lock);
     bool ok = write_batch();
     pthread_mutex_lock(&aof.lock);
-    if (ok) aof.safe = aof.batch_end;
+    if (ok)
+        aof.safe = aof.batch_end; /* not less than before, even if nothing was there */
     aof.broken = !ok;
     aof.has_writer = false;
     pthread_cond_broadcast(&aof.done);
@@ -2230,12 +2232,13 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is. Returns false when writing fails. If broken is set, this is the
-   next try, and no other thread writes, for aof_commit gives up then. So this calls
-   wait_or_write at least once, and goes on as long as that works. */
+/* Writes all there is. Returns false when writing fails. */
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
+    /* do, not while: if broken is set, while would end before this tries again. The first
+       try is for the batch that failed, the next ones write what has gathered. No other
+       thread writes meanwhile, for aof_commit gives up as long as broken is set. */
     do wait_or_write();
     while (aof.safe < end && !aof.broken);
     pthread_mutex_unlock(&aof.lock);
