@@ -811,9 +811,9 @@ struct table {
     size_t heap_len, heap_room;
 };
 
-/* lock guards the rest. To write one byte, a processor takes the whole line of 64 bytes
-   from the other processors. So a shard begins on a line of its own: two processors that
-   work on two shards do not take lines from each other. */
+/* lock guards the rest. To write one byte, a processor takes the whole cache line, 64
+   bytes, from the other processors. So a shard begins on a cache line of its own: two
+   processors that work on two shards do not take lines from each other. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
@@ -1336,7 +1336,7 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 /* --- All keys ----------------------------------------------------------------------- */
 
 /* Whether b is in the class at *at, which moves behind it. As in Redis, any byte behind a
-   - ends a range, also a ]: [a-]x] has the bytes from ] to a, and x.
+   - ends a range, also a ]: [a-]x] has the bytes from ] (0x5d) to a (0x61), and x.
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1377,13 +1377,8 @@ static bool match_item(const char **at, const char *end, char b) {
          a       b      no: back, it takes a, too
          b       b      yes: the end of both
 
-   It need not try more for an earlier star. What is between two stars (in the example the
-   a) is matched as far left as it fits. Suppose the rest fits only if it is matched
-   further right. Then the rest also fits if it stays, and the last star takes the bytes
-   between.
-
-   A try for the last star begins further right than each try before it, also if that was
-   for another star. So there are at most s.len tries, each of at most pattern.len steps.
+   An earlier star need not take more than at first: the chapter shows why. star_i only
+   grows, so this goes back at most s.len times.
 
    Once the server gives up, this goes back no more: KEYS then sends no list. */
 static bool glob_match(struct slice pattern, struct slice s) {
@@ -1923,16 +1918,13 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Lets the other threads run that are ready on this processor. Returns true if they were
-   all kv's, and false if another program ran, too. Then it is better to block: a thread
-   that yields is put behind the other program, and waits for a whole time slice of it,
-   some 4000 us. A thread that was blocked and is woken mostly runs before a program that
-   has used its slice.
-
-   How long the yield took tells which it was. Each client's thread runs for TURN_US at
-   most, mostly for much less, before it yields or blocks itself. If the yield took more
-   than that for all clients and half a time slice, another program ran. Then the next
-   PAUSE calls for this connection do not even yield, and return false. */
+/* Lets other threads run first. Returns whether they were all kv's: then it is worth
+   looking for input again. The system does not tell, so this measures the time. If only
+   threads of kv ran, the yield took clients * TURN_US at most, and mostly far less. If it
+   took HALF_SLICE_US more, another program ran: those run for a time slice of some 4000
+   us. To yield to it again and again would cost a slice each time. To block is better
+   then, for a thread that has slept is soon run when it is woken. So this returns false,
+   and the next PAUSE calls for this connection do not even yield. */
 static bool yield(struct conn *c) {
     enum { TURN_US = 25, HALF_SLICE_US = 2000, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -2008,12 +2000,6 @@ static void run_requests(struct conn *c, const char *client) {
     }
 }
 
-/* A thread in hang_up is no client any more, but still has a descriptor. Clients and such
-   threads together may be MAX_LINGERING more than --max-clients. If they are more, the
-   next thread that ends closes at once. SPARE_DESCRIPTORS, which kv reserves besides
-   those of --max-clients, are enough for these, the listener, the file and so on. */
-enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = 32 };
-
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and replies that are on the way are
    lost. So this ends only our side first, and reads until the client closes its side, has
@@ -2030,6 +2016,13 @@ static void hang_up(int fd, int ms) {
     } while (open && monotonic_us() < end);
     close(fd);
 }
+
+/* A thread in hang_up is no client any more, but still has a descriptor. It waits for its
+   client only as long as there are at most MAX_LINGERING threads more than --max-clients
+   allows. So SPARE_DESCRIPTORS, which kv reserves besides those of --max-clients, mostly
+   are enough for such threads, the listener, the file and so on. (If they are not, accept
+   fails, and the next client waits a little.) */
+enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = 32 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
@@ -2051,8 +2044,8 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
-    bool many_linger = threads > opt.max_clients + MAX_LINGERING;
-    hang_up(c.fd, many_linger ? 0 : 1000);
+    bool may_linger = threads <= opt.max_clients + MAX_LINGERING;
+    hang_up(c.fd, may_linger ? 1000 : 0);
     threads--; /* the last thing: main ends the program at 0 */
     return NULL;
 }
@@ -2066,7 +2059,13 @@ static void *conn_main(void *arg) {
    a copy.
 
    Threads append records to gathered while they hold a shard's lock, and write what has
-   gathered before they reply. Records are counted from 1. */
+   gathered before they reply. Records are counted from 1.
+
+   When the file cannot be written, for example on a full disk, broken is set. Threads
+   that wait for their records get MISCONF, and what would write is refused (run_request).
+   What only reads is served (send_replies). The records stay in batch and gathered. The
+   expiry thread tries again each second (aof_write_all). When that succeeds, broken is
+   cleared. */
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
@@ -2221,12 +2220,12 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is. After a failure it tries once more: this is the only function that
-   does, for aof_commit gives up. Returns false when writing fails. */
+/* Writes all there is, also if broken is set: then this is the next try. Returns false
+   when writing fails. */
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    if (aof.safe < end) wait_or_write();
+    if (aof.safe < end) wait_or_write(); /* even if broken is set, unlike the next line */
     while (aof.safe < end && !aof.broken) wait_or_write();
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= end;
