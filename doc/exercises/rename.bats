@@ -2,7 +2,7 @@
 # chapter: 8
 # concept: two locks, one record
 # level: 4
-# lines: 70
+# lines: 73
 # minutes: 240
 # task: Build RENAME key newkey: newkey gets the value and the deadline of key, and key is gone, at one moment for all clients. Without key the error is ERR no such key. In the file of --aof this is one record, which every later start can read.
 #

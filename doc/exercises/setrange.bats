@@ -2,7 +2,7 @@
 # chapter: 8
 # concept: allocation and logging
 # level: 2
-# lines: 23
+# lines: 24
 # minutes: 90
 # task: Build SETRANGE key offset value: it writes the value over that of the key from byte offset on, which may make that longer, and replies the new length. Gaps become zero bytes. No value may become longer than --max-request.
 #
