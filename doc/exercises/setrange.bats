@@ -84,7 +84,7 @@ load common
         clients+=("$!")
     done
     wait "${clients[@]}"
-    gets 'GET a' 99999999 || because "a byte is lost: the key must stay locked from the look at the old value to the new one"
+    gets 'GET a' 99999999 || because "a byte is lost: the key must stay locked while the new value is made from the old one"
     stop_kv KILL
     start_kv
     gets 'GET a' 99999999 || because "after a restart the value is another one: use store, which appends a record"
