@@ -1,5 +1,10 @@
 #!/usr/bin/env bats
-# What the solution setex.patch promises: SETEX, PSETEX and SETNX. doc/solutions/check runs this.
+# chapter: 8
+# concept: a row of the table is a command
+# level: 1
+# lines: 20
+# minutes: 30
+# task: Build SETEX key s value, PSETEX key ms value and SETNX key value, with the replies and errors of Redis 7.
 #
 # SC2030, SC2031: bats runs each test as a process. SC2154: common.bash sets it.
 # shellcheck disable=SC2030,SC2031,SC2154

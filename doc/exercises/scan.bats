@@ -1,5 +1,10 @@
 #!/usr/bin/env bats
-# What the solution scan.patch promises. doc/solutions/check builds it and runs this.
+# chapter: 8
+# concept: a cursor that survives growth
+# level: 3
+# lines: 108
+# minutes: 180
+# task: Build SCAN cursor [MATCH pattern] [COUNT n]: as text the next cursor, a line for each key, and (n keys). A key that is there all the time is in one of the replies, also when the table grows meanwhile.
 #
 # SC2030, SC2031: bats runs each test as a process. SC2154: common.bash sets it.
 # shellcheck disable=SC2030,SC2031,SC2154

@@ -1,5 +1,12 @@
 #!/usr/bin/env bats
-# What the solution rewrite.patch promises. doc/solutions/check builds it and runs this;
+# chapter: 10
+# concept: a log that is rewritten while others write
+# level: 4
+# lines: 163
+# minutes: 480
+# task: Build BGREWRITEAOF: a thread writes the file anew, as small as a start does, while clients go on; a crash at any moment loses nothing that was answered.
+# needs: linux
+#
 # SHORT=1 makes it do fewer rounds of kill -9.
 #
 # SC2030, SC2031: bats runs each test as a process. SC2016: an awk program has its own $1.

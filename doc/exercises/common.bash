@@ -1,5 +1,5 @@
-# What the tests of the solutions have in common: a kv with a file, $tmp/aof, and words with it. Each
-# NAME.bats loads this.
+# What the checks of the exercises have in common: a kv with a file, $tmp/aof, and words with it.
+# Each NAME.bats loads this. KV names the program, SANITIZER=asan or tsan what it is built with.
 #
 # SC2034: a test uses it. SC2119, SC2120: start_kv may have no options. SC2154: bats sets it.
 # shellcheck shell=bash disable=SC2034,SC2119,SC2120,SC2154
@@ -7,7 +7,7 @@
 bats_require_minimum_version 1.5.0
 export LC_ALL=C TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
 KV=$(realpath "${KV:?names the kv to test}")
-shards=() && if [[ $KV = *tsan* ]]; then shards=(-s 32); fi # it gives up at 64 locks
+shards=() && if [[ ${SANITIZER:-} = tsan ]]; then shards=(-s 32); fi # it gives up at 64 locks
 command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=60
 
 setup() {
@@ -20,6 +20,12 @@ teardown() {
     if [[ $pid ]]; then { kill -9 "$pid" && wait "$pid"; } 2>/dev/null || true; fi
     if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' "$log"; then return 1; fi
     if [[ ! ${BATS_TEST_COMPLETED:-} ]]; then tail -n 20 "$log"; fi
+}
+
+# After ||: the test fails and prints a sentence, which says what is wrong.
+because() { # SENTENCE
+    printf '=> %s\n' "$*"
+    return 1
 }
 
 start_kv() { # OPTION...: sets $pid and $port
