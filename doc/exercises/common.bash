@@ -92,3 +92,39 @@ each_is_wrong() { # REQUEST ERROR ...: each request gets its error, in text and 
         shift 2
     done
 }
+
+# --- what a student sees where it fails ---------------------------------------------------
+
+# Whether the request, as text, gets these lines. If not, shows both. A reply has 10 s to come.
+gets() { # REQUEST LINE...
+    local reply wanted
+    wanted=$(printf '%s\n' "${@:2}")
+    reply=$(ask_soon "$1")
+    [[ $reply = "$wanted" ]] || printf '%s\nis to get: %.300s\nbut gets:  %.300s\n' "${1:0:100}" "$wanted" "$reply"
+    [[ $reply = "$wanted" ]]
+}
+
+gets_error() { # REQUEST ERROR: whether it gets the error, in text and in RESP
+    local words
+    read -r -a words <<<"$1"
+    gets "$1" "(error) $2" && resp "${words[@]}" | nc -N -w 10 127.0.0.1 "$port" | is "-$2"$'\r'
+}
+
+ask_soon() { printf '%s\n' "$@" | timeout 10 nc -N 127.0.0.1 "$port"; } # LINE...: a kv that hangs says nothing
+
+# Whether the command has a row: HELP has three lines about it, and the command alone gets an error
+# that shows its syntax.
+has_row() { # NAME
+    local syntax
+    syntax=$(ask_soon "HELP $1" | head -n 1)
+    [[ $syntax = "$1 "* ]] || { printf 'HELP %s\nbut gets:  %s\n' "$1" "$syntax" && return 1; }
+    gets_error "$1" "ERR wrong number of arguments for '${1,,}' command: $syntax"
+}
+
+# Keeps the file of kv from growing beyond KB KiB: from some record on it cannot be written.
+start_kv_with_a_full_disk() { # KB
+    ulimit -S -f "$1"
+    start_kv --fsync no
+    ulimit -S -f unlimited
+    yes "SET fill $(x 1000)" | head -n "$(($1 * 2))" | nc -N 127.0.0.1 "$port" | grep -q MISCONF
+}
