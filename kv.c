@@ -86,7 +86,7 @@ struct text {
    atomic.) */
 enum stage {
     SERVING,
-    ANSWERING, /* a signal came: answer what has arrived, then close */
+    ANSWERING, /* a signal came: main has all threads answer what has arrived, and end */
     GIVING_UP, /* run nothing more, only send the replies to what was run */
 };
 static _Atomic enum stage stopping = SERVING;
@@ -944,8 +944,9 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. It is either up or down: if d
-   moves up, then all that is below it is later. */
+   is later, or further down as long as a child is sooner. Only one of the two loops moves
+   anything. After the first, all that is below slot is later than d, so the second stops
+   at once. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -962,8 +963,9 @@ static void heap_place(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its place. It comes
-   from another branch, so it may have to go up from there as well as down. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its place. That may
+   be from another branch: sooner than the parent of the free slot, and then it goes up,
+   or later than a child, and then it goes down. */
 static void deadline_clear(struct table *t, struct entry *e) {
     if (e->slot == 0) return;
     struct deadline last = t->heap[t->heap_len];
@@ -1333,9 +1335,9 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
-   it, too. In [a-] the ] is the end of a range and does not close the class: so in Redis.
-   class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
+/* Whether b is in the class at *at, which moves behind it. As in Redis, any byte behind a
+   - ends a range, also a ]: [a-]x] has the bytes from ] to a, and x.
+   class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
     bool match = false, negate = p < end && *p == '^';
@@ -1375,12 +1377,13 @@ static bool match_item(const char **at, const char *end, char b) {
          a       b      no: back, it takes a, too
          b       b      yes: the end of both
 
-   It need not go back to an earlier star. The bytes between two stars, here the a, are
-   put as far left as they fit. If they also fit further right, as here the second a does,
-   then here they fit as well, and the last star takes the bytes in between.
+   It need not try more for an earlier star. What is between two stars (in the example the
+   a) is matched as far left as it fits. Suppose the rest fits only if it is matched
+   further right. Then the rest also fits if it stays, and the last star takes the bytes
+   between.
 
-   Each time it goes back the last star begins its next try one byte further right. So
-   there are at most s.len tries, each of at most pattern.len steps.
+   A try for the last star begins further right than each try before it, also if that was
+   for another star. So there are at most s.len tries, each of at most pattern.len steps.
 
    Once the server gives up, this goes back no more: KEYS then sends no list. */
 static bool glob_match(struct slice pattern, struct slice s) {
@@ -1909,24 +1912,27 @@ static void send_replies(struct conn *c) {
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
     char *to = buf_reserve(in, MIN_READ);
-    ssize_t n = -1;
-    errno = to ? EINTR : ENOMEM;
-    size_t room = in->cap - in->len;
-    while (n < 0 && errno == EINTR) n = recv(c->fd, to, room, flags);
+    ssize_t n;
+    if (!to) {
+        errno = ENOMEM;
+        return -1;
+    }
+    do n = recv(c->fd, to, in->cap - in->len, flags);
+    while (n < 0 && errno == EINTR);
     if (n > 0) in->len += (size_t)n;
     return n;
 }
 
-/* Lets the other threads run that are ready on this processor. Returns whether it is
-   worth looking for input after that, because kv has the processor for itself. If another
-   program wants it, too, a thread that yields again and again gives its time away, and
-   had better block: the system soon runs a thread that is woken.
+/* Lets the other threads run that are ready on this processor. Returns true if they were
+   all kv's, and false if another program ran, too. Then it is better to block: a thread
+   that yields is put behind the other program, and waits for a whole time slice of it,
+   some 4000 us. A thread that was blocked and is woken mostly runs before a program that
+   has used its slice.
 
-   How long the yield took tells the two cases apart. If only threads of kv ran meanwhile,
-   it took at most TURN_US for each client, and mostly much less. Another program runs for
-   a time slice of some 4000 us. So a yield counts as slow if it took half a slice more
-   than all turns. Then the next PAUSE calls for this connection do not even yield, and
-   return false. */
+   How long the yield took tells which it was. Each client's thread runs for TURN_US at
+   most, mostly for much less, before it yields or blocks itself. If the yield took more
+   than that for all clients and half a time slice, another program ran. Then the next
+   PAUSE calls for this connection do not even yield, and return false. */
 static bool yield(struct conn *c) {
     enum { TURN_US = 25, HALF_SLICE_US = 2000, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -2002,10 +2008,10 @@ static void run_requests(struct conn *c, const char *client) {
     }
 }
 
-/* A thread in hang_up is no client any more, but still has a descriptor. kv reserves
-   SPARE_DESCRIPTORS besides those of --max-clients. With more than MAX_LINGERING threads
-   in hang_up the next one closes at once, so that there are always descriptors for new
-   clients. */
+/* A thread in hang_up is no client any more, but still has a descriptor. Clients and such
+   threads together may be MAX_LINGERING more than --max-clients. If they are more, the
+   next thread that ends closes at once. SPARE_DESCRIPTORS, which kv reserves besides
+   those of --max-clients, are enough for these, the listener, the file and so on. */
 enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = 32 };
 
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
@@ -2142,8 +2148,7 @@ static bool sync_file(int fd) {
 }
 
 /* The gathered records become the next batch, by a swap of two buffers. add_record
-   has made room for the checksum line. Called by the writer, which does not hold the lock
-   yet. */
+   has made room for the checksum line. The writer calls this without the lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
     pthread_mutex_lock(&aof.lock);
@@ -2183,14 +2188,13 @@ static bool write_batch(void) {
     return true;
 }
 
-/* If another thread is the writer, waits until it is done and returns true: the caller
-   looks whether it has what it wants, and calls again if not. Else this thread becomes
-   the writer and writes one batch; returns whether that has succeeded. Called with the
-   lock, which is released meanwhile. */
-static bool wait_or_write(void) {
+/* Waits until the writer is done. If there is none, this thread becomes the writer and
+   writes one batch. Called with the lock, which is released meanwhile. What it brought is
+   in safe and broken. */
+static void wait_or_write(void) {
     if (aof.has_writer) {
         pthread_cond_wait(&aof.done, &aof.lock);
-        return true;
+        return;
     }
     aof.has_writer = true;
     pthread_mutex_unlock(&aof.lock);
@@ -2200,14 +2204,13 @@ static bool wait_or_write(void) {
     aof.broken = !ok;
     aof.has_writer = false;
     pthread_cond_broadcast(&aof.done);
-    return ok;
 }
 
 /* Waits until the records that c has seen are safe. Group commit: the writer writes all
    that has gathered, as one batch. Those that come meanwhile wait, and then one of them
    is the next writer, for them all. So many records share a write and an fsync. Each
    thread first yields once: others then append their records, so that still more share.
-   Returns false when writing fails: then broken is set. */
+   Returns false when writing fails. */
 static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
@@ -2218,15 +2221,15 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is, also after a failure: first the rest of the batch that failed.
-   Returns false if it fails again. */
+/* Writes all there is. After a failure it tries once more: this is the only function that
+   does, for aof_commit gives up. Returns false when writing fails. */
 static bool aof_write_all(void) {
-    bool ok = true;
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    while (ok && aof.safe < end) ok = wait_or_write();
+    if (aof.safe < end) wait_or_write();
+    while (aof.safe < end && !aof.broken) wait_or_write();
     pthread_mutex_unlock(&aof.lock);
-    return ok;
+    return aof.safe >= end;
 }
 
 /* The expiry thread calls this each second. Tries again what could not be written, and
@@ -2256,11 +2259,16 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if nothing from start on looks like a checksum line. Two kinds of torn file
-   are reported as damaged, and a person decides: a value in the torn part contains such a
-   line, or power has failed when the system had written a later part of the file to the
-   disk, but not yet an earlier one. One kind of damage passes for torn: the byte that
-   changed is in the last checksum line. Then the last batch is cut off. */
+   It is torn if nothing from start on looks like a checksum line. This is a guess, and
+   may be wrong:
+
+     torn, but called damaged: a value in the torn part contains such a line
+     torn, but called damaged: power failed when the system had written a later part of
+                               the file to the disk, and not yet an earlier one
+     damaged, but called torn: the last line of the file was a checksum line, and has
+                               changed so much that it is none
+
+   Where it says damaged, kv changes nothing, and a person decides. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)

@@ -56,7 +56,7 @@ load common
     done
     wait "${clients[@]}"
     sort "$tmp"/out.* | grep -v nil | cmp - <(seq -f 'v%.0f' 1000 | sort) >"$tmp/differ" ||
-        because "a value was given to two clients or to none: the key must stay locked from the look at it to its end"
+        because "a value was given to two clients or to none: the key must stay locked from the lookup to the removal"
 }
 
 @test "while the file cannot be written GETDEL gets an error and removes nothing" {

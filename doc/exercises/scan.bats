@@ -138,7 +138,7 @@ flush_and_fill() {
     gets PING PONG && gets DBSIZE 20 || because "kv has not survived a strange cursor"
 }
 
-@test "SCAN takes MATCH, shows no key whose time is over, and quotes keys that are not one word" {
+@test "SCAN takes MATCH, shows no expired key, and quotes keys that are not one word" {
     start_kv
     ask 'SET user:1 a' 'SET user:2 b' 'SET "a key" c' 'SET (x d' 'SET gone e PX 1' | is OK OK OK OK OK
     until [[ $(ask 'EXISTS gone') = 0 ]]; do sleep 0.01; done

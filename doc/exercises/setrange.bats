@@ -2,7 +2,7 @@
 # chapter: 8
 # concept: allocation and logging
 # level: 2
-# lines: 23
+# lines: 24
 # minutes: 90
 # task: Build SETRANGE key offset value: it writes the value over that of the key from byte offset on, which may make that longer, and replies the new length. Gaps become zero bytes. No value may become longer than --max-request.
 #
@@ -84,7 +84,7 @@ load common
         clients+=("$!")
     done
     wait "${clients[@]}"
-    gets 'GET a' 99999999 || because "a byte is lost: the key must stay locked from the look at the old value to the new one"
+    gets 'GET a' 99999999 || because "a byte is lost: the key must stay locked while the new value is made from the old one"
     stop_kv KILL
     start_kv
     gets 'GET a' 99999999 || because "after a restart the value is another one: use store, which appends a record"

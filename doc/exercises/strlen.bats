@@ -32,7 +32,7 @@ load common
         because "a value may hold zero bytes: its entry says how long it is, strlen does not"
 }
 
-@test "STRLEN of a key that is not there, or whose time is over, is 0, and makes no key" {
+@test "STRLEN of a key that is not there, or that has expired, is 0, and makes no key" {
     start_kv
     ask 'SET gone 1234 PX 1' | is OK
     wait_until has_no_key gone
