@@ -18,6 +18,7 @@ setup() {
 teardown() {
     if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
     if [[ $pid ]]; then { kill -9 "$pid" && wait "$pid"; } 2>/dev/null || true; fi
+    [[ -e $log ]] || return 0
     if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' "$log"; then return 1; fi
     if [[ ! ${BATS_TEST_COMPLETED:-} ]]; then tail -n 20 "$log"; fi
 }
@@ -127,4 +128,21 @@ start_kv_with_a_full_disk() { # KB
     start_kv --fsync no
     ulimit -S -f unlimited
     yes "SET fill $(x 1000)" | head -n "$(($1 * 2))" | nc -N 127.0.0.1 "$port" | grep -q MISCONF
+}
+
+# --- hunts: a file of tests is what is checked --------------------------------------------
+
+# Runs the tests of the file HUNT. A copy of the program has the same path each time.
+hunt_with() { # PROGRAM: sets $tests, $failed and $skipped to how many there are
+    local found=$tmp/found status=0
+    [[ -e ${HUNT:?names the file with the tests} ]] || because "there is no $HUNT" || return
+    rm -f "$tmp/kv" && cp "$1" "$tmp/kv"
+    # bats inside bats: the inner one begins as if there were no other.
+    env -i PATH="${PATH#"${BATS_LIBEXEC:-}:"}" HOME="${HOME:-/}" KV="$tmp/kv" SANITIZER="${SANITIZER:-}" \
+        TSAN_OPTIONS="$TSAN_OPTIONS" timeout 15 bats --tap "$HUNT" >"$found" 2>&1 </dev/null 3>&- || status=$?
+    tests=$(grep -cE '^(not )?ok ' "$found") || true
+    failed=$(grep -c '^not ok ' "$found") || true
+    skipped=$(grep -cE '^(not )?ok .*# skip' "$found") || true
+    if ((status == 124)); then failed=1 && echo 'your tests did not end within 15 s'; fi
+    cat "$found"
 }
