@@ -146,3 +146,14 @@ hunt_with() { # PROGRAM: sets $tests, $failed and $skipped to how many there are
     if ((status == 124)); then failed=1 && echo 'your tests did not end within 15 s'; fi
     cat "$found"
 }
+
+# --- spy.c: what kv asks of the system is counted -----------------------------------------
+
+# Like start_kv, with spy.c between kv and libc, which also makes an fsync take 5 ms longer.
+start_spied_kv() { # OPTION...
+    cc -shared -fPIC -o "$tmp/spy.so" "$BATS_TEST_DIRNAME/spy.c" -ldl || return 1
+    ASAN_OPTIONS="verify_asan_link_order=0:${ASAN_OPTIONS:-}" \
+        LD_PRELOAD=$tmp/spy.so SPY_TO=$tmp/spied start_kv "$@"
+}
+
+spied() { sed -n "s/^$1: *\([0-9]*\) *$/\1/p" "$tmp/spied"; } # sends|fsyncs: how many so far
