@@ -50,14 +50,15 @@ list() {
 
 # Whether the list is like this, but for the order; in each regex ADDR is an address, and AGE an age.
 lists() { # REGEX...: one for each client but the asker
-    local regex i=0
+    local regex line lines i=0
     list >"$tmp/list"
+    mapfile -t lines <"$tmp/list"
     for regex in "$@" 'id=1 ADDR AGE cmd=CLIENT' "\\($(($# + 1)) clients?\\)"; do
         regex=${regex/ADDR/addr=127\\.0\\.0\\.1:[0-9]+}
         regex=${regex/AGE/age=[0-9]{1,2\}}
-        if grep -qEx -- "$regex" "$tmp/list"; then i=$((i + 1)); fi
+        for line in "${lines[@]}"; do if [[ $line =~ ^$regex$ ]]; then i=$((i + 1)); fi; done
     done
-    ((i == $# + 2 && i == $(wc -l <"$tmp/list")))
+    ((i == $# + 2 && i == ${#lines[@]}))
 }
 
 # What a client does takes a moment to arrive.

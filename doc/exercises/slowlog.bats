@@ -97,16 +97,28 @@ consistent='
     { delete last }
     END { if (wrong) print wrong; exit !!wrong || !lines }'
 
+# Each of six clients sends commands until the file $tmp/stop is there, but at most 50000.
+write_commands() { # LETTER
+    awk -v letter="$1" -v stop="$tmp/stop" 'BEGIN {
+        do for (i = 0; i < 50; i++) print "ECHO " letter (++n); while (n < 50000 && (getline line <stop) < 0)
+    }' 2>/dev/null | talk >"$tmp/out.$1"
+}
+
+has_128() { [[ $(ask_soon 'SLOWLOG LEN') = 128 ]]; }
+
 @test "each line is of one command, while many clients add some" {
     start_slow
     clients=()
     for letter in a b c d e f; do
-        seq -f "ECHO $letter%.0f" 20000 | talk >"$tmp/out.$letter" &
+        write_commands "$letter" &
         clients+=("$!")
     done
-    { sleep 0.05 && yes 'SLOWLOG GET 20' | head -n 2000; } | talk >"$tmp/slow"
+    wait_until has_128 || because "there are not yet 128 commands, though six clients send some"
+    yes 'SLOWLOG GET 20' | head -n 1000 | talk >"$tmp/slow"
+    : >"$tmp/stop"
     wait "${clients[@]}" || because "a client has waited in vain for its replies"
     awk "$consistent" "$tmp/slow" ||
         because "a line has the number of one command and the words of another: is an entry written and read with a lock, all of it?"
-    ask_soon 'SLOWLOG GET 1' | grep -q '^number=120000 ' || because "some of 120000 commands were not counted"
+    count=$(cat "$tmp"/out.? | wc -l)
+    ask_soon 'SLOWLOG GET 1' | grep -q "^number=$count " || because "the last of $count commands does not have this number"
 }
