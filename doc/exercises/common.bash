@@ -87,9 +87,9 @@ loads_the_same() { # REQUEST...
 each_is_wrong() { # REQUEST ERROR ...: each request gets its error, in text and in RESP
     local words
     while (($#)); do
-        ask "$1" | is "(error) $2"
+        ask "$1" | is "(error) $2" || return 1
         read -r -a words <<<"$1"
-        resp "${words[@]}" | nc -N 127.0.0.1 "$port" | is "-$2"$'\r'
+        resp "${words[@]}" | nc -N 127.0.0.1 "$port" | is "-$2"$'\r' || return 1
         shift 2
     done
 }
