@@ -2,7 +2,7 @@
 # chapter: 8
 # concept: bounded memory for many threads
 # level: 3
-# lines: 90
+# lines: 82
 # minutes: 180
 # task: Build SLOWLOG GET [n], SLOWLOG LEN and SLOWLOG RESET. They are about the last 128 commands that took as many microseconds as the new option --slowlog-us says (10000 if not given; 0: all), except SLOWLOG itself. GET replies the last n (10 if not given), the newest first, each as a line "number=7 time=1700000000 us=12 client=3 SET a 1": a number that counts up from 1, the time since 1970 in s, how long it took, the id of the connection as HELLO shows it, and the words as -vv logs them. RESET removes all, and the numbers go on.
 # needs: linux
