@@ -132,6 +132,23 @@ start_kv_with_a_full_disk() { # KB
 
 # --- hunts: a file of tests is what is checked --------------------------------------------
 
+# Sets HUNT to the file, if it is not given, KV to a correct kv and BUG to the broken one. These are built
+# here if BUG is not given, for what is in kv-exercise may have been changed.
+set_hunt() { # NAME
+    local root=$BATS_TEST_DIRNAME/../.. start=$BATS_TEST_DIRNAME/$1.start dir=$BATS_FILE_TMPDIR name
+    local program=kv${SANITIZER:+-$SANITIZER}
+    export HUNT=${HUNT:-$root/kv-exercise/$1.bats} KV BUG=${BUG:-}
+    if [[ $BUG ]]; then return; fi
+    for name in right broken; do
+        mkdir "$dir/$name"
+        cp "$root/kv.c" "$root/Makefile" "$dir/$name"
+        if [[ $name = broken && -e $start.c ]]; then cp "$start.c" "$dir/broken/kv.c"; fi
+        if [[ $name = broken && -e $start.patch ]]; then patch -s -F 0 -p 1 -d "$dir/broken" <"$start.patch"; fi
+        make -s -C "$dir/$name" CFLAGS=-O0 "$program"
+    done
+    KV=$dir/right/$program BUG=$dir/broken/$program
+}
+
 # Runs the tests of the file HUNT. A copy of the program has the same path each time.
 hunt_with() { # PROGRAM: sets $tests, $failed and $skipped to how many there are
     local found=$tmp/found status=0
