@@ -1,5 +1,5 @@
-# What the tests of the solutions have in common: a kv with a file, $tmp/aof, and words with it. Each
-# NAME.bats loads this.
+# What the checks of the exercises have in common: a kv with a file, $tmp/aof, and words with it.
+# Each NAME.bats loads this. KV names the program, SANITIZER=asan or tsan what it is built with.
 #
 # SC2034: a test uses it. SC2119, SC2120: start_kv may have no options. SC2154: bats sets it.
 # shellcheck shell=bash disable=SC2034,SC2119,SC2120,SC2154
@@ -7,7 +7,7 @@
 bats_require_minimum_version 1.5.0
 export LC_ALL=C TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
 KV=$(realpath "${KV:?names the kv to test}")
-shards=() && if [[ $KV = *tsan* ]]; then shards=(-s 32); fi # it gives up at 64 locks
+shards=() && if [[ ${SANITIZER:-} = tsan ]]; then shards=(-s 32); fi # it gives up at 64 locks
 command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=60
 
 setup() {
@@ -20,6 +20,12 @@ teardown() {
     if [[ $pid ]]; then { kill -9 "$pid" && wait "$pid"; } 2>/dev/null || true; fi
     if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' "$log"; then return 1; fi
     if [[ ! ${BATS_TEST_COMPLETED:-} ]]; then tail -n 20 "$log"; fi
+}
+
+# After ||: the test fails and prints a sentence, which says what is wrong.
+because() { # SENTENCE
+    printf '=> %s\n' "$*"
+    return 1
 }
 
 start_kv() { # OPTION...: sets $pid and $port
@@ -80,9 +86,45 @@ loads_the_same() { # REQUEST...
 each_is_wrong() { # REQUEST ERROR ...: each request gets its error, in text and in RESP
     local words
     while (($#)); do
-        ask "$1" | is "(error) $2"
+        ask "$1" | is "(error) $2" || return 1
         read -r -a words <<<"$1"
-        resp "${words[@]}" | nc -N 127.0.0.1 "$port" | is "-$2"$'\r'
+        resp "${words[@]}" | nc -N 127.0.0.1 "$port" | is "-$2"$'\r' || return 1
         shift 2
     done
+}
+
+# --- what a student sees where it fails ---------------------------------------------------
+
+# Whether the request, as text, gets these lines. If not, shows both. A reply has 10 s to come.
+gets() { # REQUEST LINE...
+    local reply wanted
+    wanted=$(printf '%s\n' "${@:2}")
+    reply=$(ask_soon "$1")
+    [[ $reply = "$wanted" ]] || printf '%s\nis to get: %.300s\nbut gets:  %.300s\n' "${1:0:100}" "$wanted" "$reply"
+    [[ $reply = "$wanted" ]]
+}
+
+gets_error() { # REQUEST ERROR: whether it gets the error, in text and in RESP
+    local words
+    read -r -a words <<<"$1"
+    gets "$1" "(error) $2" && resp "${words[@]}" | nc -N -w 10 127.0.0.1 "$port" | is "-$2"$'\r'
+}
+
+ask_soon() { printf '%s\n' "$@" | timeout 10 nc -N 127.0.0.1 "$port"; } # LINE...: a kv that hangs says nothing
+
+# Whether the command has a row: HELP has three lines about it, and the command alone gets an error
+# that shows its syntax.
+has_row() { # NAME
+    local syntax
+    syntax=$(ask_soon "HELP $1" | head -n 1)
+    [[ $syntax = "$1 "* ]] || { printf 'HELP %s\nbut gets:  %s\n' "$1" "$syntax" && return 1; }
+    gets_error "$1" "ERR wrong number of arguments for '${1,,}' command: $syntax"
+}
+
+# Keeps the file of kv from growing beyond KB KiB: from some record on it cannot be written.
+start_kv_with_a_full_disk() { # KB
+    ulimit -S -f "$1"
+    start_kv --fsync no
+    ulimit -S -f unlimited
+    yes "SET fill $(x 1000)" | head -n "$(($1 * 2))" | nc -N 127.0.0.1 "$port" | grep -q MISCONF
 }
