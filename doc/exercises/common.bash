@@ -18,6 +18,7 @@ setup() {
 teardown() {
     if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
     if [[ $pid ]]; then { kill -9 "$pid" && wait "$pid"; } 2>/dev/null || true; fi
+    [[ -e $log ]] || return 0
     if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' "$log"; then return 1; fi
     if [[ ! ${BATS_TEST_COMPLETED:-} ]]; then tail -n 20 "$log"; fi
 }
@@ -128,3 +129,31 @@ start_kv_with_a_full_disk() { # KB
     ulimit -S -f unlimited
     yes "SET fill $(x 1000)" | head -n "$(($1 * 2))" | nc -N 127.0.0.1 "$port" | grep -q MISCONF
 }
+
+# --- hunts: a file of tests is what is checked --------------------------------------------
+
+# Runs the tests of the file HUNT. A copy of the program has the same path each time.
+hunt_with() { # PROGRAM: sets $tests, $failed and $skipped to how many there are
+    local found=$tmp/found status=0
+    [[ -e ${HUNT:?names the file with the tests} ]] || because "there is no $HUNT" || return
+    rm -f "$tmp/kv" && cp "$1" "$tmp/kv"
+    # bats inside bats: the inner one begins as if there were no other.
+    env -i PATH="${PATH#"${BATS_LIBEXEC:-}:"}" HOME="${HOME:-/}" KV="$tmp/kv" SANITIZER="${SANITIZER:-}" \
+        TSAN_OPTIONS="$TSAN_OPTIONS" timeout 15 bats --tap "$HUNT" >"$found" 2>&1 </dev/null 3>&- || status=$?
+    tests=$(grep -cE '^(not )?ok ' "$found") || true
+    failed=$(grep -c '^not ok ' "$found") || true
+    skipped=$(grep -cE '^(not )?ok .*# skip' "$found") || true
+    if ((status == 124)); then failed=1 && echo 'your tests did not end within 15 s'; fi
+    cat "$found"
+}
+
+# --- spy.c: what kv asks of the system is counted -----------------------------------------
+
+# Like start_kv, with spy.c between kv and libc, which also makes an fsync take 5 ms longer.
+start_spied_kv() { # OPTION...
+    cc -shared -fPIC -o "$tmp/spy.so" "$BATS_TEST_DIRNAME/spy.c" -ldl || return 1
+    ASAN_OPTIONS="verify_asan_link_order=0:${ASAN_OPTIONS:-}" \
+        LD_PRELOAD=$tmp/spy.so SPY_TO=$tmp/spied start_kv "$@"
+}
+
+spied() { sed -n "s/^$1: *\([0-9]*\) *$/\1/p" "$tmp/spied"; } # sends|fsyncs: how many so far

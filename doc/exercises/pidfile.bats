@@ -2,7 +2,7 @@
 # chapter: 1
 # concept: options, and the order of things at the start and the end
 # level: 1
-# lines: 11
+# lines: 13
 # minutes: 45
 # task: Build --pidfile FILE: once the port is open kv writes its process id and a newline into FILE, and a clean end removes it. If FILE cannot be written kv ends with status 1 and says why.
 #

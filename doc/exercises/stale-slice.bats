@@ -1,0 +1,32 @@
+#!/usr/bin/env bats
+# chapter: 3
+# concept: how long a slice is valid
+# level: 2
+# lines: 15
+# minutes: 60
+# task: One of the words of a request is used after the memory that it points to has moved. Find out where, and write a test that fails because of it, and passes with a correct kv: not a fix, the test is what is asked for.
+#
+# HUNT names the file with the tests, KV a correct kv, BUG the broken one. All tests run as if they were
+# of one program: the name of the file does not tell which it is.
+#
+# SC2154: common.bash sets it.
+# shellcheck disable=SC2154
+
+load common
+
+@test "there are tests, and a correct kv passes them, each of three times" {
+    hunt_with "$KV"
+    ((tests > 0)) || because "there is no test in your file that bats can run"
+    ((skipped == 0)) || because "a test that is skipped finds nothing"
+    for times in 1 2 3; do
+        ((failed == 0)) || because "your test fails on a correct kv"
+        if ((times < 3)); then hunt_with "$KV"; fi
+    done
+}
+
+@test "the broken kv fails them, each of three times" {
+    for times in 1 2 3; do
+        hunt_with "${BUG:?names the broken kv}"
+        ((failed > 0)) || because "your test passes on the broken kv"
+    done
+}
