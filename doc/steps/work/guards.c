@@ -1,0 +1,1921 @@
+/* kv: a key-value server in one file, made to be read from top to bottom.
+ *
+ * === 0 The map ======================================================================
+ *
+ * People talk to kv in lines of text over TCP (nc localhost 8080), client libraries in
+ * RESP, the protocol of Redis. Keys and values are in memory.
+ *
+ *      clients             threads                                memory
+ *
+ *     nc, telnet  ----->  main: accepts, starts a thread       +-- shard 0 ---------+
+ *     a script            for each connection, and waits       | lock  table  heap  |
+ *                         for SIGTERM                          +-- shard 1 ---------+
+ *     one client  <---->  connection thread:            ---->  | lock  table  heap  |
+ *     one client  <---->    read, split into words,     ---->  +-- ... -------------+
+ *     one client  <---->    run the command, reply      ---->  | lock  table  heap  |
+ *                                                              +-- shard 255 -------+
+ *                         expiry thread: removes what             ^
+ *                         has passed its deadline  ---------------+
+ *
+ * A key belongs to one shard, which its hash decides. A shard is a hash table (key to
+ * value) and a heap (what expires next), and one mutex that guards both: two connections
+ * wait for each other only when their keys are in the same shard.
+ *
+ * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
+ * their numbers). No thread reads, sends or sleeps with it. The log on stderr has a lock
+ * of its own, which is held for one line. All else that threads share is atomic, or set
+ * before they start. pthread_mutex_lock fails only where it is misused, so its result is
+ * not checked.
+ *
+ * The sections build on each other. Each has the number of its chapter in doc/:
+ *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
+ *   7 Expiry            8 Commands  9 Connections   11 The server
+ */
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __GLIBC__
+#include <malloc.h> /* mallopt */
+#endif
+
+#define KV_VERSION "0.2.0"
+
+/* The compiler checks argument f, a format, against the arguments behind it. */
+#define PRINTF_LIKE(f) __attribute__((format(printf, f, (f) + 1)))
+
+/* Some bytes that belong to somebody else: a word of a request, a key, a value. */
+struct slice {
+    char *p;
+    size_t len;
+};
+
+/* A short string that a function can return. f(x).text can be an argument: C keeps the
+   struct until the call is done. There is room for what show returns, four bytes for each
+   of 64 and some more. */
+struct text {
+    char text[272];
+};
+
+/* Reads, =, ++ and -- of an atomic variable are atomic. */
+static atomic_bool stopping; /* a signal asks for the end */
+
+static atomic_long clients; /* connections that count for --max-clients */
+static atomic_long threads; /* of connections, also those in hang_up */
+
+/* === 1 Options and log ============================================================= */
+
+static struct {
+    long port;
+    const char *bind;
+    long max_clients;
+    long timeout;     /* in s; 0: none */
+    long max_request; /* in bytes */
+    long shards;
+    const char *password_file;
+    long insecure, verbose, quiet, help, version; /* how often each was given */
+} opt = {.port = 8080,
+         .bind = "127.0.0.1",
+         .max_clients = 10000,
+         .shards = 256,
+         .max_request = 4259840 /* 4 MiB + 64 KiB */};
+
+/* A row says all about an option: the parser, its checks and --help use it. */
+static const struct option {
+    const char *letter, *name;
+    const char *value; /* what --help calls its value; "": it is a switch */
+    const char *help;
+    void *to;      /* a long; if max is 0 and there is a value, a const char * */
+    long min, max; /* of a number */
+} options[] = {
+    {"-p", "--port", "N", "8080; 0: any free port", &opt.port, 0, 65535},
+    {"-b", "--bind", "ADDR", "127.0.0.1; IPv4, IPv6 or a host name", &opt.bind, 0, 0},
+    {"-c", "--max-clients", "N", "10000", &opt.max_clients, 1, 1000000},
+    {"-t", "--timeout", "SECONDS", "0: never; close when idle", &opt.timeout, 0, 1000000},
+    {"", "--max-request", "BYTES", "4259840; the longest request, as it is sent",
+     &opt.max_request, 1024, 1L << 29},
+    {"-s", "--shards", "N", "256; a power of two", &opt.shards, 1, 4096},
+    {"-P", "--password-file", "FILE", "none; clients must AUTH", &opt.password_file, 0,
+     0},
+    {"", "--insecure", "", "serve the network openly", &opt.insecure, 0, 0},
+    {"-v", "--verbose", "", "log connections, -vv every command", &opt.verbose, 0, 0},
+    {"-q", "--quiet", "", "log only trouble", &opt.quiet, 0, 0},
+    {"-h", "--help", "", "print this", &opt.help, 0, 0},
+    {"-V", "--version", "", "print the version", &opt.version, 0, 0},
+    {NULL, NULL, NULL, NULL, NULL, 0, 0},
+};
+
+static int64_t read_clock_us(clockid_t clock) {
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+/* Microseconds on a clock that nobody sets, to measure how long something takes. */
+static int64_t monotonic_us(void) { return read_clock_us(CLOCK_MONOTONIC); }
+
+/* Milliseconds since 1970 on the wall clock, for deadlines. */
+static int64_t now_ms(void) { return read_clock_us(CLOCK_REALTIME) / 1000; }
+
+/* Sleeps for less than a second. A signal may end it early: no caller minds. */
+static void sleep_ms(int ms) { nanosleep(&(struct timespec){0, ms * 1000000L}, NULL); }
+
+/* What a line of the log is about. -q drops INFO; -v adds CLIENT, -vv also COMMAND. */
+enum level { ERROR, WARN, INFO, CLIENT, COMMAND };
+
+static bool is_logged(enum level level) {
+    return (long)level <= (opt.quiet ? WARN : INFO + opt.verbose);
+}
+
+/* Writes one line to stderr in one call, so that the lines of several threads never mix.
+   What does not fit is cut. If stderr is a full pipe that nobody reads, the line is
+   dropped, and nobody waits. A pipe that poll calls writable takes PIPE_BUF bytes (4096
+   on Linux), more than a line has. The lock keeps other threads from filling it between
+   poll and write. (A terminal that is halted may still make this wait.) */
+static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
+    static const char *tags[] = {"ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    char date[24], text[960], line[1024];
+    if (!is_logged(level)) return;
+    int64_t ms = now_ms();
+    time_t seconds = (time_t)(ms / 1000);
+    struct tm tm;
+    gmtime_r(&seconds, &tm);
+    strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%S", &tm);
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+    int len =
+        sprintf(line, "%s.%03dZ %s %s\n", date, (int)(ms % 1000), tags[level], text);
+    struct pollfd out = {.fd = STDERR_FILENO, .events = POLLOUT};
+    pthread_mutex_lock(&lock);
+    if (poll(&out, 1, 0) == 1) {
+        ssize_t written = write(STDERR_FILENO, line, (size_t)len);
+        (void)written; /* when that fails, nobody is left to tell */
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+/* Logs an error and ends the program. */
+#define die(status, ...) (say(ERROR, __VA_ARGS__), exit(status))
+
+/* Whether this is the first call in this second; last remembers the second of the
+   previous call. It limits the log lines that strangers can provoke to one a second. */
+static bool is_first_this_second(atomic_llong *last) {
+    long long second = 1 + monotonic_us() / 1000000; /* *last starts with 0 */
+    return atomic_exchange(last, second) != second;
+}
+
+static bool is_named(const struct option *o, const char *word) {
+    bool is_letter = o->letter[0] != 0 && strcmp(word, o->letter) == 0;
+    return is_letter || strcmp(word, o->name) == 0;
+}
+
+static long parse_number(const struct option *o, const char *value) {
+    char *end;
+    long number = strtol(value, &end, 10); /* LONG_MAX where it is too large */
+    bool is_number = value[0] >= '0' && value[0] <= '9' && *end == 0;
+    if (!is_number || number < o->min || number > o->max)
+        die(2, "%s %s is not %ld to %ld", o->name, value, o->min, o->max);
+    return number;
+}
+
+/* Sets opt from the command line. What is wrong there ends the program. */
+static void parse_options(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        const struct option *o = options;
+        bool is_vv = strcmp(argv[i], "-vv") == 0;
+        const char *word = is_vv ? "-v" : argv[i];
+        while (o->name && !is_named(o, word)) o++;
+        if (!o->name) die(2, "%s is no option: see kv --help", word);
+        bool is_switch = o->value[0] == 0;
+        if (!is_switch) i++;
+        if (i == argc) die(2, "%s needs a value", o->name);
+        if (is_switch) *(long *)o->to += is_vv ? 2 : 1;
+        else if (o->max > 0) *(long *)o->to = parse_number(o, argv[i]);
+        else *(const char **)o->to = argv[i];
+    }
+    if ((opt.shards & (opt.shards - 1)) != 0)
+        die(2, "--shards %ld is not a power of two", opt.shards);
+}
+
+/* --version prints the first line, --help all. */
+static void print_help(void) {
+    puts("kv " KV_VERSION ", a key-value server; talk to it with: nc localhost 8080");
+    for (const struct option *o = options; opt.help && o->name; o++)
+        printf("  %2s %-15s %-7s  %s\n", o->letter, o->name, o->value, o->help);
+    if (fflush(stdout) != 0) die(1, "cannot print: %s", strerror(errno));
+}
+
+/* One end of a connection as text, 127.0.0.1:8080 or [::1]:8080. get is getpeername for
+   the other end, getsockname for ours. */
+static struct text address_of(int fd, int (*get)(int, struct sockaddr *, socklen_t *)) {
+    struct text out = {"a client that is gone"};
+    struct sockaddr_storage storage;
+    struct sockaddr *address = (struct sockaddr *)&storage;
+    socklen_t len = sizeof storage;
+    char host[64], port[8];
+    int numeric = NI_NUMERICHOST | NI_NUMERICSERV;
+    if (get(fd, address, &len) < 0) return out;
+    if (getnameinfo(address, len, host, sizeof host, port, sizeof port, numeric) != 0)
+        return out;
+    sprintf(out.text, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+    return out;
+}
+
+/* === 2 Buffers ===================================================================== */
+
+/* Bytes that grow at the end. Owns p. Once memory has run out, failed stays set and
+   nothing more is added: code that fills a buffer checks once, at the end. */
+struct buf {
+    char *p;
+    size_t len, cap;
+    bool failed;
+};
+
+/* A buffer begins with SMALL_BUF bytes. A read has room for at least MIN_READ bytes.
+   Replies are sent when IO_CHUNK bytes of them have gathered. */
+enum { SMALL_BUF = 512, MIN_READ = 1024, IO_CHUNK = 65536 };
+
+/* Makes room for n more bytes and returns where they go, or NULL when memory is out. The
+   capacity doubles, so that in the long run each byte is copied about once. */
+static char *buf_reserve(struct buf *b, size_t n) {
+    size_t cap = b->cap > 0 ? b->cap : SMALL_BUF;
+    while (cap - b->len < n && cap <= SIZE_MAX / 2) cap *= 2;
+    char *p = b->p;
+    if (cap - b->len < n || b->failed) p = NULL;
+    else if (cap > b->cap) p = realloc(b->p, cap);
+    if (p) *b = (struct buf){p, b->len, cap, false};
+    else b->failed = true;
+    return p ? p + b->len : NULL;
+}
+
+static void buf_add(struct buf *b, const void *p, size_t n) {
+    char *to = buf_reserve(b, n);
+    if (!to || n == 0) return;
+    memcpy(to, p, n);
+    b->len += n;
+}
+
+static void buf_add_text(struct buf *b, const char *text) {
+    buf_add(b, text, strlen(text));
+}
+
+/* Adds a header of RESP: a type byte, a number, CRLF. The digits are found from the last
+   to the first. (snprintf takes several times as long, and each reply has a header.) */
+static void buf_add_header(struct buf *b, char type, size_t n) {
+    char text[24];
+    size_t at = sizeof text;
+    text[--at] = '\n';
+    text[--at] = '\r';
+    do {
+        text[--at] = (char)('0' + n % 10);
+        n /= 10;
+    } while (n > 0);
+    text[--at] = type;
+    buf_add(b, text + at, sizeof text - at);
+}
+
+/* Frees the memory of a buffer that is empty and has become large. */
+static void buf_slim(struct buf *b) {
+    if (b->len > 0 || b->cap <= MIN_READ) return;
+    free(b->p);
+    *b = (struct buf){.failed = b->failed};
+}
+
+/* === 3 Requests ==================================================================== */
+
+enum { MAX_WORDS = 1024 };                            /* of a request */
+enum { OPEN_MAX_WORDS = 10, OPEN_MAX_BYTES = 16384 }; /* of a request before AUTH */
+
+/* One connection. It is on the stack of its thread, and no other thread sees it. */
+struct conn {
+    /* For as long as the connection lasts: */
+    int fd;
+    bool authed; /* no password is needed, or it was given */
+    int wrong_passwords;
+    size_t max_bytes, max_words; /* of a request */
+    const char *closing;         /* why to close once the replies are sent; NULL: go on */
+    struct buf in;               /* what was read */
+    size_t pos;                  /* offset in in.p of the next request */
+    size_t scanned;              /* bytes from pos on in which no newline was found */
+    struct buf out;              /* replies that are not sent yet */
+
+    /* The request at hand: */
+    bool resp;          /* it is RESP, and so is the reply; else both are text */
+    bool crlf;          /* lines of the reply end in CRLF, else in LF */
+    struct slice *argv; /* its words; they point into in */
+    size_t argc, argv_room;
+    const struct command *cmd;
+
+    /* The key at hand, while its shard is locked: */
+    struct slice key;
+    uint32_t hash;
+    struct shard *shard;
+    struct entry *entry; /* NULL: there is no such key */
+};
+
+static bool fail(struct conn *, const char *, ...) PRINTF_LIKE(2);
+
+/* The bytes of a string. Nobody will write to them. */
+static struct slice str(const char *s) {
+    struct slice all = {(char *)s, strlen(s)};
+    return all;
+}
+
+static bool is_blank(char c) { return c == ' ' || c == '\t'; }
+
+/* Whether a word is name, in upper or lower case. */
+static bool word_is(struct slice word, const char *name) {
+    return word.len == strlen(name) && strncasecmp(word.p, name, word.len) == 0;
+}
+
+/* Reads a number of 64 bits as strictly as Redis does: no blank, no plus sign, no leading
+   zero, no overflow. INT64_MIN is one further from 0 than INT64_MAX. */
+static bool parse_int(struct slice s, int64_t *n) {
+    bool minus = s.len > 0 && s.p[0] == '-';
+    size_t start = minus ? 1 : 0, digits = s.len - start;
+    uint64_t limit = minus ? (uint64_t)INT64_MAX + 1 : INT64_MAX;
+    uint64_t sum = 0; /* has room for 19 digits */
+    if (digits < 1 || digits > 19) return false;
+    if (s.p[start] == '0' && s.len > 1) return false;
+    for (size_t i = start; i < s.len; i++) {
+        if (s.p[i] < '0' || s.p[i] > '9') return false;
+        sum = sum * 10 + (uint64_t)(s.p[i] - '0');
+    }
+    *n = (int64_t)(minus ? 0 - sum : sum);
+    return sum <= limit;
+}
+
+/* Whether a request could be taken off the input. WRONG: it has been answered. */
+enum outcome { COMPLETE, INCOMPLETE, WRONG };
+
+/* Answers a line that is wrong. why begins with a code word. */
+static enum outcome fail_line(struct conn *c, const char *why) {
+    fail(c, "%s", why);
+    return WRONG;
+}
+
+/* Answers a request that is too long, or so broken that the start of the next one cannot
+   be found, and has the connection closed. */
+static enum outcome refuse(struct conn *c, const char *why) {
+    c->closing = why;
+    return fail_line(c, why);
+}
+
+static enum outcome refuse_long(struct conn *c) {
+    if (c->authed)
+        return refuse(c, "ERR a request over --max-request or 1024 words is too long");
+    return refuse(c, "ERR before AUTH a request over 16 KiB or 10 words is too long");
+}
+
+/* Adds a word to argv, if that is not one too many. */
+static enum outcome add_word(struct conn *c, char *p, size_t len) {
+    if (c->argc == c->max_words) return refuse_long(c);
+    if (c->argc == c->argv_room) {
+        size_t room = 2 * c->argv_room + 8;
+        struct slice *argv = realloc(c->argv, room * sizeof *argv);
+        if (!argv) return refuse(c, "OOM out of memory");
+        c->argv = argv;
+        c->argv_room = room;
+    }
+    c->argv[c->argc++] = (struct slice){p, len};
+    return COMPLETE;
+}
+
+/* --- Text: line = { blank word } blank ("\n" | "\r\n") ------------------------------ */
+
+/* The escapes that are a letter, and the byte that each means. */
+static const char escape_letters[] = {'\\', 'n', 'r', 't', '"'};
+static const char escape_bytes[] = {'\\', '\n', '\r', '\t', '"'};
+
+static bool is_hex(char c) { return isxdigit((unsigned char)c) != 0; }
+
+/* escape = "\" ("\" | "n" | "r" | "t" | "\"" | "x" hex hex)
+   Decodes the escape at from to *to. Returns where it ends, or NULL if there is none
+   before end. */
+static char *unescape(char *from, char *end, char *to) {
+    if (end - from < 2) return NULL;
+    const char *letter = memchr(escape_letters, from[1], sizeof escape_letters);
+    if (letter) {
+        *to = escape_bytes[letter - escape_letters];
+        return from + 2;
+    }
+    if (end - from < 4 || from[1] != 'x') return NULL;
+    if (!is_hex(from[2]) || !is_hex(from[3])) return NULL;
+    char digits[] = {from[2], from[3], 0};
+    *to = (char)strtol(digits, NULL, 16);
+    return from + 4;
+}
+
+/* quoted = "'" { byte } "'" | '"' { byte | escape } '"'
+   Adds the quoted word at *at to argv, and moves *at behind it. The word is decoded in
+   place, for an escape is longer than its byte. */
+static enum outcome take_quoted(struct conn *c, char **at, char *end) {
+    char mark = **at, *start = *at + 1;
+    char *from = start, *to = start;
+    while (from < end && *from != mark) {
+        bool is_escape = mark == '"' && *from == '\\';
+        char *next = is_escape ? unescape(from, end, to) : from + 1;
+        if (!next)
+            return fail_line(
+                c, "ERR bad escape: double quotes know \\\" \\\\ \\n \\r \\t and \\xHH");
+        if (!is_escape) *to = *from;
+        from = next;
+        to++;
+    }
+    bool is_closed = from < end && (from + 1 == end || is_blank(from[1]));
+    if (!is_closed)
+        return fail_line(
+            c, "ERR unbalanced quotes: a word that begins with a quote ends with one");
+    *at = from + 1;
+    return add_word(c, start, (size_t)(to - start));
+}
+
+static enum outcome take_plain(struct conn *c, char **at, char *end) {
+    char *start = *at;
+    while (*at < end && !is_blank(**at)) (*at)++;
+    return add_word(c, start, (size_t)(*at - start));
+}
+
+/* Splits a line, which ends at end, into argv. A comment has no words. */
+static enum outcome split_line(struct conn *c, char *at, char *end) {
+    for (;;) {
+        while (at < end && is_blank(*at)) at++;
+        if (at == end || (c->argc == 0 && *at == '#')) return COMPLETE;
+        bool quoted = *at == '"' || *at == '\'';
+        enum outcome word = quoted ? take_quoted(c, &at, end) : take_plain(c, &at, end);
+        if (word == WRONG) return WRONG;
+    }
+}
+
+/* Takes a line off the input and splits it into argv. */
+static enum outcome take_line(struct conn *c) {
+    char *line = c->in.p + c->pos;
+    size_t arrived = c->in.len - c->pos;
+    char *newline = memchr(line + c->scanned, '\n', arrived - c->scanned);
+    size_t len = newline ? (size_t)(newline - line) + 1 : arrived;
+    c->crlf = newline && newline > line && newline[-1] == '\r';
+    c->scanned = newline ? 0 : arrived;
+    if (len > c->max_bytes) return refuse_long(c);
+    if (!newline) return INCOMPLETE;
+    c->pos += len;
+    return split_line(c, line, c->crlf ? newline - 1 : newline);
+}
+
+/* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } ------------- */
+
+/* Reads the number of a header, which begins at *at with a type byte, and moves *at
+   behind it. If no line end comes within LONGEST bytes, the header is wrong. */
+static enum outcome read_header(char **at, char *end, int64_t *n) {
+    enum { LONGEST = 32 };
+    char *digits = *at + 1;
+    char *newline = memchr(*at, '\n', (size_t)(end - *at));
+    if (!newline) return end - *at < LONGEST ? INCOMPLETE : WRONG;
+    if (newline[-1] != '\r') return WRONG;
+    *at = newline + 1;
+    struct slice number = {digits, (size_t)(newline - 1 - digits)};
+    return parse_int(number, n) ? COMPLETE : WRONG;
+}
+
+/* Adds the string at *at to argv, and moves *at behind it. room: the bytes that the
+   request may still have, from *at on. A length that is too long is refused before its
+   bytes arrive. */
+static enum outcome take_string(struct conn *c, char **at, char *end, int64_t room) {
+    char *start = *at;
+    int64_t len;
+    if (start == end) return INCOMPLETE;
+    if (*start != '$') return refuse(c, "ERR Protocol error: expected '$'");
+    enum outcome header = read_header(at, end, &len);
+    if (header == INCOMPLETE) return INCOMPLETE;
+    if (header == WRONG || len < 0)
+        return refuse(c, "ERR Protocol error: invalid bulk length");
+    if (len > room - (*at - start) - 2) return refuse_long(c); /* 2: for CRLF */
+    char *string = *at;
+    if (end - string < len + 2) return INCOMPLETE;
+    *at = string + len + 2;
+    if (memcmp(string + len, "\r\n", 2) != 0)
+        return refuse(c, "ERR Protocol error: expected CRLF after a string");
+    return add_word(c, string, (size_t)len);
+}
+
+/* Takes an array off the input, its strings as argv. One that has arrived in part is read
+   from its beginning each time: that is at most MAX_WORDS short steps. */
+static enum outcome take_array(struct conn *c) {
+    char *start = c->in.p + c->pos, *at = start;
+    char *end = c->in.p + c->in.len;
+    int64_t words;
+    c->crlf = true;
+    enum outcome header = read_header(&at, end, &words);
+    if (header == INCOMPLETE) return INCOMPLETE;
+    if (header == WRONG) return refuse(c, "ERR Protocol error: invalid multibulk length");
+    if (words > (int64_t)c->max_words) return refuse_long(c);
+    for (int64_t i = 0; i < words; i++) {
+        enum outcome string =
+            take_string(c, &at, end, (int64_t)c->max_bytes - (at - start));
+        if (string != COMPLETE) return string;
+    }
+    c->pos += (size_t)(at - start);
+    return COMPLETE;
+}
+
+/* Takes the next request off the input into argv. Returns false when none has arrived in
+   full. argc is 0 if there is nothing to run: a line without words, or a request that was
+   wrong and has been answered. The words are valid until more is read. */
+static bool next_request(struct conn *c) {
+    if (c->closing || c->pos == c->in.len) return false;
+    if (c->in.p[c->pos] == '\xff') { /* Ctrl-C in telnet */
+        c->closing = "interrupted by telnet";
+        return false;
+    }
+    c->argc = 0;
+    c->resp = c->in.p[c->pos] == '*';
+    enum outcome request = c->resp ? take_array(c) : take_line(c);
+    if (request == WRONG) c->argc = 0;
+    return request != INCOMPLETE;
+}
+
+/* === 4 Replies ===================================================================== */
+
+/* The functions that reply return whether the request has succeeded: fail false, all
+   others true. So a command can end with return reply_...(). */
+
+/* Whether a reply must quote s: without quotes it could be taken for an error, the end of
+   a list, a quoted value or another line, or a blank at its end be missed. as_word: also
+   what without quotes would not be one word of a request. */
+static bool needs_quotes(struct slice s, bool as_word) {
+    if (s.len == 0) return true;
+    char first = s.p[0], last = s.p[s.len - 1];
+    if (first == ' ' || last == ' ' || first == '"' || first == '(') return true;
+    if (as_word && (first == '\'' || memchr(s.p, ' ', s.len))) return true;
+    for (size_t i = 0; i < s.len; i++) {
+        unsigned char b = (unsigned char)s.p[i];
+        if (b < 0x20 || b == 0x7f) return true;
+    }
+    return false;
+}
+
+/* Writes s as a double-quoted word to to, which has room for 4 * s.len + 2 bytes. Returns
+   where it ends. A double quote becomes \x22, so that printf %b of bash can decode the
+   word. (This runs under a shard's lock, and sprintf would take many times as long.) */
+static char *quote(char *to, struct slice s) {
+    static const char hex[] = "0123456789abcdef";
+    *to++ = '"';
+    for (size_t i = 0; i < s.len; i++) {
+        unsigned char b = (unsigned char)s.p[i];
+        const char *letter = memchr(escape_bytes, b, 4); /* all but the quote */
+        if (letter) {
+            *to++ = '\\';
+            *to++ = escape_letters[letter - escape_bytes];
+        } else if (b < 0x20 || b == 0x7f || b == '"') {
+            *to++ = '\\';
+            *to++ = 'x';
+            *to++ = hex[b / 16];
+            *to++ = hex[b % 16];
+        } else {
+            *to++ = (char)b;
+        }
+    }
+    *to++ = '"';
+    return to;
+}
+
+/* What an error or the log repeats of a client's word: quoted where needed, and cut. */
+static struct text show(struct slice word) {
+    enum { MAX_SHOWN = 64 };
+    struct text out = {""};
+    struct slice cut = {word.p, word.len < MAX_SHOWN ? word.len : MAX_SHOWN};
+    char *end = out.text;
+    if (needs_quotes(cut, true)) end = quote(end, cut);
+    else end = (char *)memcpy(end, cut.p, cut.len) + cut.len;
+    strcpy(end, word.len > cut.len ? "..." : "");
+    return out;
+}
+
+/* A line of a reply: prefix, then bytes. */
+static bool reply_line(struct conn *c, const char *prefix, struct slice s) {
+    buf_add_text(&c->out, prefix);
+    buf_add(&c->out, s.p, s.len);
+    buf_add_text(&c->out, c->crlf ? "\r\n" : "\n");
+    return true;
+}
+
+static bool reply_status(struct conn *c, const char *status) {
+    return reply_line(c, c->resp ? "+" : "", str(status));
+}
+
+/* An error. It begins with a code word, mostly ERR. */
+static bool fail(struct conn *c, const char *fmt, ...) {
+    char text[1024];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+    reply_line(c, c->resp ? "-" : "(error) ", str(text));
+    return false;
+}
+
+static bool reply_int(struct conn *c, int64_t n) {
+    char text[24];
+    snprintf(text, sizeof text, "%" PRId64, n);
+    return reply_line(c, c->resp ? ":" : "", str(text));
+}
+
+static bool reply_nil(struct conn *c) {
+    return reply_line(c, "", str(c->resp ? "$-1" : "(nil)"));
+}
+
+static bool reply_string(struct conn *c, struct slice s, bool quoted) {
+    if (c->resp) buf_add_header(&c->out, '$', s.len);
+    if (c->resp || !quoted) return reply_line(c, "", s);
+    char *to = buf_reserve(&c->out, 4 * s.len + 2);
+    if (to) c->out.len += (size_t)(quote(to, s) - to);
+    return reply_line(c, "", str(""));
+}
+
+/* A value. Text has it without quotes where it cannot be misread, with blanks in it,
+   too. */
+static bool reply_value(struct conn *c, struct slice s) {
+    return reply_string(c, s, needs_quotes(s, false));
+}
+
+/* A value that in text can be sent back as one word: with blanks in it, it has quotes. */
+static bool reply_word(struct conn *c, struct slice s) {
+    return reply_string(c, s, needs_quotes(s, true));
+}
+
+/* A reply of n lines begins with list_start and ends with list_end: RESP puts the number
+   first, text puts it last. noun is in the singular. */
+static void list_start(struct conn *c, size_t n) {
+    if (c->resp) buf_add_header(&c->out, '*', n);
+}
+
+static bool list_end(struct conn *c, size_t n, const char *noun) {
+    char text[64];
+    snprintf(text, sizeof text, "(%zu %s%s)", n, noun, n == 1 ? "" : "s");
+    return c->resp || reply_line(c, "", str(text));
+}
+
+/* === 5 Hashing ===================================================================== */
+
+/* The key of the table's hash is drawn at random: nobody who does not know it can choose
+   keys that collide. */
+static uint64_t table_key[2];
+
+static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
+
+/* Eight bytes as a number, the lowest byte first whatever the machine's own order, as in
+   the paper named below. It is written out because compilers turn this into one load, but
+   often not a loop. */
+static uint64_t load_word(const unsigned char *p) {
+    uint64_t word = p[0];
+    word |= (uint64_t)p[1] << 8;
+    word |= (uint64_t)p[2] << 16;
+    word |= (uint64_t)p[3] << 24;
+    word |= (uint64_t)p[4] << 32;
+    word |= (uint64_t)p[5] << 40;
+    word |= (uint64_t)p[6] << 48;
+    word |= (uint64_t)p[7] << 56;
+    return word;
+}
+
+static void sip_round(uint64_t v[4]) {
+    v[0] += v[1];
+    v[1] = rotate(v[1], 13) ^ v[0];
+    v[0] = rotate(v[0], 32);
+    v[2] += v[3];
+    v[3] = rotate(v[3], 16) ^ v[2];
+    v[0] += v[3];
+    v[3] = rotate(v[3], 21) ^ v[0];
+    v[2] += v[1];
+    v[1] = rotate(v[1], 17) ^ v[2];
+    v[2] = rotate(v[2], 32);
+}
+
+/* SipHash-1-3 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012): one
+   round for each eight bytes and three at the end. The last word has the bytes that are
+   left and, as its highest byte, the length. The numbers here and in sip_round are the
+   paper's. What kv needs of it: the same key and bytes have the same hash, and nobody can
+   foretell it without the key. */
+static uint64_t siphash(const uint64_t key[2], struct slice s) {
+    uint64_t v[4] = {
+        key[0] ^ 0x736f6d6570736575,
+        key[1] ^ 0x646f72616e646f6d,
+        key[0] ^ 0x6c7967656e657261,
+        key[1] ^ 0x7465646279746573,
+    };
+    const unsigned char *p = (const unsigned char *)s.p;
+    unsigned char last[8] = {0};
+    for (size_t words = s.len / 8; words > 0; words--) {
+        uint64_t word = load_word(p);
+        v[3] ^= word;
+        sip_round(v);
+        v[0] ^= word;
+        p += 8;
+    }
+    if (s.len % 8 > 0) memcpy(last, p, s.len % 8);
+    last[7] = (unsigned char)s.len;
+    v[3] ^= load_word(last);
+    sip_round(v);
+    v[0] ^= load_word(last);
+    v[2] ^= 0xff;
+    for (int i = 0; i < 3; i++) sip_round(v);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+/* === 6 The table =================================================================== */
+
+/* A key and its value in one allocation: 24 bytes, the key, the value. Its deadline,
+   which few keys have, is in the heap of its table. */
+struct entry {
+    struct entry *next; /* in its bucket */
+    uint32_t hash;
+    uint32_t key_len, value_len;
+    uint32_t slot; /* its deadline is heap[slot]; 0: it has none */
+    char data[];   /* the key, then the value */
+};
+
+/* A moment to expire, in ms since 1970. */
+struct deadline {
+    int64_t when;
+    struct entry *entry;
+};
+#define NEVER INT64_MAX
+
+/* Chained hashing: an entry is in the list that begins at buckets[hash % size]. size is a
+   power of two, or 0 as long as nothing was stored. heap is a binary heap, see section 7.
+   All zero is an empty table. */
+struct table {
+    struct entry **buckets;
+    size_t size, count;
+    struct deadline *heap;
+    size_t heap_len, heap_room;
+};
+
+/* lock guards the rest. To write one byte, a processor takes the whole line of 64 bytes
+   from the other processors. So a shard begins on a line of its own: two processors that
+   work on two shards do not take lines from each other. */
+static struct shard {
+    _Alignas(64) pthread_mutex_t lock;
+    struct table table;
+} shards[4096]; /* as many as --shards allows; those that are not used cost no memory */
+
+static void deadline_clear(struct table *t, struct entry *e);
+
+static struct slice entry_value(struct entry *e) {
+    return (struct slice){e->data + e->key_len, e->value_len};
+}
+
+/* Makes an entry that is in no table yet. Returns NULL when memory is out. */
+static struct entry *entry_new(uint32_t hash, struct slice key, struct slice value) {
+    struct entry *e = malloc(sizeof *e + key.len + value.len);
+    if (!e) return NULL;
+    e->next = NULL;
+    e->hash = hash;
+    e->key_len = (uint32_t)key.len;
+    e->value_len = (uint32_t)value.len;
+    e->slot = 0;
+    memcpy(e->data, key.p, key.len);
+    memcpy(e->data + key.len, value.p, value.len);
+    return e;
+}
+
+static struct entry **bucket_of(const struct table *t, uint32_t hash) {
+    return &t->buckets[hash & (t->size - 1)];
+}
+
+/* Returns the entry of a key, also one that has expired, or NULL. */
+static struct entry *table_find(const struct table *t, uint32_t hash, struct slice key) {
+    if (t->size == 0) return NULL;
+    for (struct entry *e = *bucket_of(t, hash); e; e = e->next) {
+        if (e->hash != hash || e->key_len != key.len) continue;
+        if (memcmp(e->data, key.p, key.len) == 0) return e;
+    }
+    return NULL;
+}
+
+/* Puts e first into its bucket. */
+static void bucket_push(struct table *t, struct entry *e) {
+    struct entry **bucket = bucket_of(t, e->hash);
+    e->next = *bucket;
+    *bucket = e;
+}
+
+/* Doubles the buckets, or makes the first. Without memory the table stays as it is. */
+static void table_grow(struct table *t) {
+    struct table old = *t;
+    size_t size = t->size > 0 ? 2 * t->size : 16;
+    struct entry **buckets = calloc(size, sizeof *buckets);
+    if (!buckets) return;
+    t->buckets = buckets;
+    t->size = size;
+    for (size_t i = 0; i < old.size; i++) {
+        while (old.buckets[i]) {
+            struct entry *e = old.buckets[i];
+            old.buckets[i] = e->next;
+            bucket_push(t, e);
+        }
+    }
+    free(old.buckets);
+}
+
+/* Makes room for one entry more and its deadline. Returns false when memory is out. Where
+   it is out only for more buckets, the chains get longer instead. */
+static bool table_reserve(struct table *t) {
+    if (t->count >= t->size) table_grow(t);
+    if (t->heap_len == t->heap_room) {
+        size_t room = t->heap_room > 0 ? 2 * t->heap_room : 16;
+        /* One more, for heap[0] is not used. */
+        struct deadline *heap = realloc(t->heap, (room + 1) * sizeof *heap);
+        if (!heap) return false;
+        t->heap = heap;
+        t->heap_room = room;
+    }
+    return t->size > 0;
+}
+
+/* Puts in an entry whose key is not there. table_reserve comes first. */
+static void table_insert(struct table *t, struct entry *e) {
+    bucket_push(t, e);
+    t->count++;
+}
+
+/* Takes out an entry and frees it. The buckets stay: a table never shrinks. */
+static void table_remove(struct table *t, struct entry *e) {
+    struct entry **link =
+        bucket_of(t, e->hash); /* becomes the pointer that points to e */
+    while (*link != e) link = &(*link)->next;
+    *link = e->next;
+    deadline_clear(t, e);
+    t->count--;
+    free(e);
+}
+
+/* Frees all that t owns. No other thread may know of it any more. */
+static void table_free(struct table *t) {
+    for (size_t i = 0; i < t->size; i++) {
+        while (t->buckets[i]) {
+            struct entry *e = t->buckets[i];
+            t->buckets[i] = e->next;
+            free(e);
+        }
+    }
+    free(t->buckets);
+    free(t->heap);
+}
+
+/* === 7 Expiry ====================================================================== */
+
+/* The deadlines of a table are a binary heap in an array: heap[1] is the next to come,
+   and the children of heap[i], heap[2 * i] and heap[2 * i + 1], are not before it. Each
+   entry knows its slot, so that its deadline can be moved or taken away. (The heap is as
+   in Sedgewick's "Algorithms", which also counts from 1.) */
+
+static void heap_put(struct table *t, size_t slot, struct deadline d) {
+    t->heap[slot] = d;
+    d.entry->slot = (uint32_t)slot;
+}
+
+/* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
+   is later, or further down as long as a child is sooner. It is either up or down: if d
+   moves up, then all that is below it is later. */
+static void heap_place(struct table *t, size_t slot, struct deadline d) {
+    while (slot > 1 && t->heap[slot / 2].when > d.when) {
+        heap_put(t, slot, t->heap[slot / 2]);
+        slot /= 2;
+    }
+    while (2 * slot <= t->heap_len) {
+        size_t child = 2 * slot;
+        bool has_two = child < t->heap_len;
+        if (has_two && t->heap[child + 1].when < t->heap[child].when) child++;
+        if (t->heap[child].when >= d.when) break;
+        heap_put(t, slot, t->heap[child]);
+        slot = child;
+    }
+    heap_put(t, slot, d);
+}
+
+/* Takes e's deadline away, if it has one. The last of the heap takes its place. It comes
+   from another branch, so it may have to go up from there as well as down. */
+static void deadline_clear(struct table *t, struct entry *e) {
+    if (e->slot == 0) return;
+    struct deadline last = t->heap[t->heap_len];
+    t->heap_len--;
+    if (last.entry != e) heap_place(t, e->slot, last);
+    e->slot = 0;
+}
+
+/* Gives e a deadline, a new one, or with NEVER none. table_reserve comes first. */
+static void deadline_set(struct table *t, struct entry *e, int64_t when) {
+    deadline_clear(t, e);
+    if (when == NEVER) return;
+    t->heap_len++;
+    heap_place(t, t->heap_len, (struct deadline){when, e});
+}
+
+static int64_t deadline_of(const struct table *t, const struct entry *e) {
+    return e->slot > 0 ? t->heap[e->slot].when : NEVER;
+}
+
+static bool has_passed(int64_t when) { return when != NEVER && when <= now_ms(); }
+
+static bool has_expired(const struct table *t, const struct entry *e) {
+    return has_passed(deadline_of(t, e));
+}
+
+/* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
+   get its lock soon. Returns whether there may be more. */
+static bool expire_some(struct shard *s) {
+    enum { MAX_AT_ONCE = 128 };
+    struct table *t = &s->table;
+    uint64_t n = 0;
+    pthread_mutex_lock(&s->lock);
+    while (n < MAX_AT_ONCE && t->heap_len > 0 && has_passed(t->heap[1].when)) {
+        table_remove(t, t->heap[1].entry);
+        n++;
+    }
+    pthread_mutex_unlock(&s->lock);
+    return n == MAX_AT_ONCE;
+}
+
+/* The expiry thread: goes round the shards again and again. A round that finds nothing
+   looks at one deadline in each shard. */
+static void *expiry_main(void *unused) {
+    while (!stopping) {
+        bool more = false;
+        for (long i = 0; i < opt.shards; i++) {
+            if (expire_some(&shards[i])) more = true;
+        }
+        /* Sleep even if there is more. With one shard this thread would otherwise mostly
+           get its lock again before any thread that waits for it. */
+        sleep_ms(more ? 1 : 50);
+    }
+    return unused;
+}
+
+/* === 8 Commands ==================================================================== */
+
+/* KEY: works on the key in argv[1]. OPEN: allowed before AUTH. */
+enum { KEY = 1, OPEN = 2 };
+
+/* A row of the table of commands says all about one. The words that a request may have
+   are counted with the name. run replies once, and returns what the reply returned. If
+   the row says KEY, run is called with the key at hand locked and looked up: c->entry, or
+   NULL. run must not block. */
+struct command {
+    const char *name;
+    const char *args; /* its syntax; NULL: HELP does not know it */
+    size_t min_words, max_words;
+    int flags;
+    bool (*run)(struct conn *c);
+    const char *what, *replies; /* for HELP */
+};
+
+/* --- The store ----------------------------------------------------------------------
+
+   The order of a change: first allocate what it needs, and only then change the table.
+   That last step cannot fail. So when memory is out nothing has been changed. All this is
+   done while the key's shard is locked. */
+
+static bool fail_oom(struct conn *c) { return fail(c, "OOM out of memory"); }
+
+/* Removes the key at hand, if it is there. */
+static void remove_key(struct conn *c) {
+    if (!c->entry) return;
+    table_remove(&c->shard->table, c->entry);
+    c->entry = NULL;
+}
+
+/* Gives the key at hand a value and a deadline, which may be NEVER. If the deadline
+   has passed, the key is removed. A value of the same length is copied over the old
+   one, which needs no memory. Replies and returns false when memory is out; move_deadline
+   does the same. */
+static bool store(struct conn *c, struct slice value, int64_t deadline) {
+    struct table *t = &c->shard->table;
+    if (has_passed(deadline)) {
+        remove_key(c);
+        return true;
+    }
+    bool in_place = c->entry && c->entry->value_len == value.len;
+    struct entry *e = in_place ? c->entry : entry_new(c->hash, c->key, value);
+    if (!e || !table_reserve(t)) {
+        if (!in_place) free(e);
+        return fail_oom(c);
+    }
+    if (in_place) {
+        memcpy(entry_value(e).p, value.p, value.len);
+    } else {
+        if (c->entry) table_remove(t, c->entry);
+        table_insert(t, e);
+        c->entry = e;
+    }
+    deadline_set(t, e, deadline);
+    return true;
+}
+
+/* Gives the key at hand, which is there, another deadline. */
+static bool move_deadline(struct conn *c, int64_t deadline) {
+    struct table *t = &c->shard->table;
+    if (has_passed(deadline)) {
+        remove_key(c);
+        return true;
+    }
+    if (!table_reserve(t)) return fail_oom(c);
+    deadline_set(t, c->entry, deadline);
+    return true;
+}
+
+/* Makes key the key at hand: locks its shard and looks it up. What has expired is
+   removed, and not found. */
+static void lock_key(struct conn *c, struct slice key) {
+    uint64_t hash = siphash(table_key, key);
+    struct shard *s = &shards[hash >> 32 & (uint64_t)(opt.shards - 1)];
+    pthread_mutex_lock(&s->lock);
+    c->key = key;
+    c->hash = (uint32_t)hash; /* this half says the bucket, the other one the shard */
+    c->shard = s;
+    c->entry = table_find(&s->table, c->hash, key);
+    if (c->entry && has_expired(&s->table, c->entry)) {
+        table_remove(&s->table, c->entry);
+        c->entry = NULL;
+    }
+}
+
+static void unlock_key(struct conn *c) { pthread_mutex_unlock(&c->shard->lock); }
+
+static int64_t key_deadline(const struct conn *c) {
+    return c->entry ? deadline_of(&c->shard->table, c->entry) : NEVER;
+}
+
+/* --- Values and counters ------------------------------------------------------------ */
+
+#define NOT_AN_INTEGER "ERR value is not an integer or out of range"
+
+static bool cmd_get(struct conn *c) {
+    if (!c->entry) return reply_nil(c);
+    return reply_value(c, entry_value(c->entry));
+}
+
+/* A command's name as Redis's errors write it. */
+static struct text lower_name(const struct command *cmd) {
+    struct text out = {""};
+    for (size_t i = 0; cmd->name[i]; i++)
+        out.text[i] = (char)tolower((unsigned char)cmd->name[i]);
+    return out;
+}
+
+/* Turns a word, a number n, into the moment n * unit + base. unit is in ms, base in ms
+   since 1970. Replies and returns false if n is no number, below min, or too large. */
+static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int64_t base,
+                           int64_t min, int64_t *deadline) {
+    int64_t n;
+    if (!parse_int(word, &n)) return fail(c, NOT_AN_INTEGER);
+    if (n < min || n < INT64_MIN / unit || n > (INT64_MAX - base) / unit)
+        return fail(c, "ERR invalid expire time in '%s' command",
+                    lower_name(c->cmd).text);
+    *deadline = n * unit + base;
+    if (*deadline == NEVER) *deadline = NEVER - 1;
+    return true;
+}
+
+/* What may follow SET key value. Some words exclude each other. EX, PX, EXAT and PXAT are
+   followed by a number, in units of so many ms, from now or (AT) from 1970. */
+enum { NX = 1, XX = 2, KEEPTTL = 4, EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
+static const struct set_word {
+    const char *name;
+    int flag, excludes;
+    int64_t unit; /* 0: no number follows */
+} set_words[] = {
+    {"NX", NX, XX, 0},
+    {"XX", XX, NX, 0},
+    {"KEEPTTL", KEEPTTL, EX | PX | EXAT | PXAT, 0},
+    {"EX", EX, KEEPTTL | PX | EXAT | PXAT, 1000},
+    {"PX", PX, KEEPTTL | EX | EXAT | PXAT, 1},
+    {"EXAT", EXAT, KEEPTTL | EX | PX | PXAT, 1000},
+    {"PXAT", PXAT, KEEPTTL | EX | PX | EXAT, 1},
+    {NULL, 0, 0, 0},
+};
+
+static bool fail_set(struct conn *c, struct slice word) {
+    if (c->resp) return fail(c, "ERR syntax error");
+    return fail(c, "ERR syntax error at %s; blanks need quotes: %s", show(word).text,
+                "SET greeting \"hello world\"");
+}
+
+static bool cmd_set(struct conn *c) {
+    const struct set_word *time = NULL;
+    struct slice number = {NULL, 0};
+    int flags = 0;
+    for (size_t i = 3; i < c->argc; i++) {
+        const struct set_word *w = set_words;
+        while (w->name && !word_is(c->argv[i], w->name)) w++;
+        bool lacks_number = w->unit > 0 && i + 1 == c->argc;
+        if (!w->name || (flags & w->excludes) || lacks_number)
+            return fail_set(c, c->argv[i]);
+        flags |= w->flag;
+        if (w->unit == 0) continue;
+        i++;
+        number = c->argv[i];
+        time = w;
+    }
+    int64_t deadline = flags & KEEPTTL ? key_deadline(c) : NEVER;
+    int64_t base = flags & (EX | PX) ? now_ms() : 0;
+    if (time && !parse_deadline(c, number, time->unit, base, 1, &deadline)) return false;
+    bool unwanted = c->entry ? flags & NX : flags & XX;
+    if (unwanted) return reply_nil(c);
+    return store(c, c->argv[2], deadline) && reply_status(c, "OK");
+}
+
+/* DEL and EXISTS have no KEY in their rows: they lock their keys themselves, one
+   after the other. */
+static bool cmd_del(struct conn *c) {
+    int64_t n = 0;
+    for (size_t i = 1; i < c->argc; i++) {
+        lock_key(c, c->argv[i]);
+        if (c->entry) n++;
+        remove_key(c);
+        unlock_key(c);
+    }
+    return reply_int(c, n);
+}
+
+static bool cmd_exists(struct conn *c) {
+    int64_t n = 0;
+    for (size_t i = 1; i < c->argc; i++) {
+        lock_key(c, c->argv[i]);
+        if (c->entry) n++;
+        unlock_key(c);
+    }
+    return reply_int(c, n);
+}
+
+/* Adds to the number that is the key's value. The key keeps its deadline. */
+static bool add_to_value(struct conn *c, int64_t by) {
+    int64_t value = 0;
+    char text[24];
+    if (c->entry && !parse_int(entry_value(c->entry), &value))
+        return fail(c, NOT_AN_INTEGER);
+    bool overflows = by > 0 ? value > INT64_MAX - by : value < INT64_MIN - by;
+    if (overflows) return fail(c, "ERR increment or decrement would overflow");
+    value += by;
+    snprintf(text, sizeof text, "%" PRId64, value);
+    return store(c, str(text), key_deadline(c)) && reply_int(c, value);
+}
+
+static bool cmd_incr(struct conn *c) { return add_to_value(c, 1); }
+static bool cmd_decr(struct conn *c) { return add_to_value(c, -1); }
+
+static bool cmd_incrby(struct conn *c) {
+    int64_t by;
+    if (!parse_int(c->argv[2], &by)) return fail(c, NOT_AN_INTEGER);
+    return add_to_value(c, by);
+}
+
+static bool cmd_decrby(struct conn *c) {
+    int64_t by;
+    if (!parse_int(c->argv[2], &by)) return fail(c, NOT_AN_INTEGER);
+    if (by == INT64_MIN) return fail(c, "ERR decrement would overflow");
+    return add_to_value(c, -by);
+}
+
+/* --- Deadlines ---------------------------------------------------------------------- */
+
+static bool expire(struct conn *c, int64_t unit, int64_t base) {
+    int64_t deadline = NEVER;
+    if (c->argc > 3) return fail(c, "ERR Unsupported option %s", show(c->argv[3]).text);
+    if (!parse_deadline(c, c->argv[2], unit, base, INT64_MIN, &deadline)) return false;
+    if (!c->entry) return reply_int(c, 0);
+    return move_deadline(c, deadline) && reply_int(c, 1);
+}
+
+static bool cmd_expire(struct conn *c) { return expire(c, 1000, now_ms()); }
+static bool cmd_pexpire(struct conn *c) { return expire(c, 1, now_ms()); }
+static bool cmd_expireat(struct conn *c) { return expire(c, 1000, 0); }
+static bool cmd_pexpireat(struct conn *c) { return expire(c, 1, 0); }
+
+static bool cmd_persist(struct conn *c) {
+    if (key_deadline(c) == NEVER) return reply_int(c, 0);
+    return move_deadline(c, NEVER) && reply_int(c, 1);
+}
+
+/* Replies with the time that the key has left, in units of so many ms, rounded as Redis
+   does. */
+static bool reply_ttl(struct conn *c, int64_t unit) {
+    int64_t deadline = key_deadline(c);
+    if (!c->entry) return reply_int(c, -2);
+    if (deadline == NEVER) return reply_int(c, -1);
+    int64_t left = deadline - now_ms();
+    if (left < 0) left = 0; /* it has passed since lock_key looked */
+    return reply_int(c, (left + unit / 2) / unit);
+}
+
+static bool cmd_ttl(struct conn *c) { return reply_ttl(c, 1000); }
+static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
+
+/* --- All keys ----------------------------------------------------------------------- */
+
+/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
+   it, too. In [a-] the ] is the end of a range and does not close the class: so in Redis.
+   class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
+static bool match_class(const char **at, const char *end, unsigned char b) {
+    const char *p = *at + 1;
+    bool match = false, negate = p < end && *p == '^';
+    if (negate) p++;
+    for (; p < end && *p != ']'; p++) {
+        bool escaped = *p == '\\' && end - p > 1;
+        if (escaped) p++;
+        unsigned char low = (unsigned char)*p, high = low;
+        if (!escaped && end - p > 2 && p[1] == '-') {
+            p += 2;
+            high = (unsigned char)*p;
+        }
+        if (low <= b && b <= high) match = true;
+        if (high <= b && b <= low) match = true; /* [z-a], as in Redis */
+    }
+    *at = p < end ? p + 1 : p;
+    return match != negate;
+}
+
+/* Whether byte b matches the item of a pattern at *at, which moves behind it.
+   item = "?" | class | "\" byte | byte */
+static bool match_item(const char **at, const char *end, char b) {
+    if (**at == '[') return match_class(at, end, (unsigned char)b);
+    bool escaped = **at == '\\' && end - *at > 1;
+    const char *p = escaped ? *at + 1 : *at;
+    *at = p + 1;
+    return *p == b || (*p == '?' && !escaped);
+}
+
+/* Whether s matches a glob pattern. On a mismatch the search goes back to the last star,
+   which takes one byte more. An example, *a*b and xaxab:
+
+        byte    item
+         x       a      no: back, the first star takes x
+         a       a      yes; then the second star, which takes nothing yet
+         x       b      no: back, the second star takes x
+         a       b      no: back, it takes a, too
+         b       b      yes: the end of both
+
+   It need not go back to an earlier star. The a between the two stars fits the first a of
+   the string, and also the second. But a match with the second becomes one with the first
+   if the last star takes the bytes in between, too. So the first place that fits is as
+   good as any. star_i never goes down, also when another star becomes the last: all stars
+   together take one byte more at most s.len times, and between two such times at most
+   pattern.len steps pass. */
+static bool glob_match(struct slice pattern, struct slice s) {
+    const char *p = pattern.p, *end = p + pattern.len;
+    const char *star = NULL; /* what is behind the last star */
+    size_t star_i = 0;       /* where in s the bytes end that this star takes */
+    size_t i = 0;
+    while (i < s.len) {
+        const char *next = p;
+        if (p < end && *p == '*') { /* it takes nothing at first */
+            p++;
+            star = p;
+            star_i = i;
+        } else if (p < end && match_item(&next, end, s.p[i])) {
+            p = next;
+            i++;
+        } else if (star) { /* back to the star */
+            star_i++;
+            p = star;
+            i = star_i;
+        } else {
+            return false;
+        }
+    }
+    while (p < end && *p == '*') p++; /* these take nothing */
+    return p == end;
+}
+
+/* Adds the keys of a shard to keys, for each its length and then its bytes. The shard
+   is locked only while they are copied: to match and quote them takes longer. */
+static void copy_keys(struct shard *s, struct buf *keys) {
+    const struct table *t = &s->table;
+    pthread_mutex_lock(&s->lock);
+    for (size_t i = 0; i < t->size; i++) {
+        for (const struct entry *e = t->buckets[i]; e; e = e->next) {
+            if (has_expired(t, e)) continue;
+            buf_add(keys, &e->key_len, sizeof e->key_len);
+            buf_add(keys, e->data, e->key_len);
+        }
+    }
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* Takes the key at *at out of what copy_keys has copied. */
+static struct slice next_key(const struct buf *keys, size_t *at) {
+    uint32_t len;
+    memcpy(&len, keys->p + *at, sizeof len);
+    struct slice key = {keys->p + *at + sizeof len, len};
+    *at += sizeof len + len;
+    return key;
+}
+
+static bool cmd_keys(struct conn *c) {
+    struct slice pattern = c->argc > 1 ? c->argv[1] : str("*");
+    struct buf keys = {0}, found = {0};
+    size_t n = 0;
+    for (long i = 0; i < opt.shards; i++) {
+        keys.len = 0;
+        copy_keys(&shards[i], &keys);
+        for (size_t at = 0; at < keys.len && !keys.failed;) {
+            size_t start = at;
+            if (!glob_match(pattern, next_key(&keys, &at))) continue;
+            buf_add(&found, keys.p + start, at - start);
+            n++;
+        }
+    }
+    bool ok = !keys.failed && !found.failed;
+    if (ok) {
+        size_t at = 0;
+        list_start(c, n);
+        while (at < found.len) reply_word(c, next_key(&found, &at));
+        list_end(c, n, "key");
+    }
+    free(keys.p);
+    free(found.p);
+    return ok || fail_oom(c);
+}
+
+static bool cmd_dbsize(struct conn *c) {
+    size_t n = 0;
+    for (long i = 0; i < opt.shards; i++) {
+        pthread_mutex_lock(&shards[i].lock);
+        n += shards[i].table.count;
+        pthread_mutex_unlock(&shards[i].lock);
+    }
+    return reply_int(c, (int64_t)n);
+}
+
+/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. Their memory is freed
+   afterwards, for that takes long. */
+static bool cmd_flush(struct conn *c) {
+    if (c->argc > 1) return fail(c, "ERR syntax error");
+    struct table *old = calloc((size_t)opt.shards, sizeof *old);
+    if (!old) return fail_oom(c);
+    for (long i = 0; i < opt.shards; i++) pthread_mutex_lock(&shards[i].lock);
+    for (long i = 0; i < opt.shards; i++) {
+        old[i] = shards[i].table;
+        shards[i].table = (struct table){0};
+        pthread_mutex_unlock(&shards[i].lock);
+    }
+    for (long i = 0; i < opt.shards; i++) table_free(&old[i]);
+    free(old);
+    return reply_status(c, "OK");
+}
+
+/* --- The connection ----------------------------------------------------------------- */
+
+static bool cmd_ping(struct conn *c) {
+    return c->argc > 1 ? reply_value(c, c->argv[1]) : reply_status(c, "PONG");
+}
+
+static bool cmd_echo(struct conn *c) { return reply_value(c, c->argv[1]); }
+
+static bool cmd_select(struct conn *c) {
+    int64_t n;
+    if (!parse_int(c->argv[1], &n)) return fail(c, NOT_AN_INTEGER);
+    if (n != 0) return fail(c, "ERR DB index is out of range");
+    return reply_status(c, "OK");
+}
+
+static bool cmd_quit(struct conn *c) {
+    c->closing = "QUIT";
+    return reply_status(c, "OK");
+}
+
+/* POST and Host: come from a web browser that somebody has tricked into talking to kv.
+   What it sends may hold commands, so nothing behind is run. */
+static bool cmd_http(struct conn *c) {
+    static atomic_llong logged;
+    c->closing = "it speaks HTTP";
+    if (is_first_this_second(&logged))
+        say(WARN, "%s speaks HTTP, closed", address_of(c->fd, getpeername).text);
+    return fail(c, "ERR this is not a web server");
+}
+
+/* If the connection went on, the commands inside the transaction would be run one by one
+   while the client believes that none was. */
+static bool cmd_transaction(struct conn *c) {
+    c->closing = "it wants a transaction";
+    return fail(c, "ERR kv has no transactions");
+}
+
+/* The first line of --password-file; empty: nobody needs one. */
+static char password[1024];
+
+/* Takes the same time whichever byte is wrong, so the time tells nothing about the
+   password. */
+static bool is_password(struct slice word) {
+    size_t len = strlen(password);
+    bool ok = word.len == len;
+    for (size_t i = 0; i < word.len; i++)
+        if (word.p[i] != password[i % sizeof password])
+            ok = false; /* %: word may be longer */
+    return ok;
+}
+
+static void set_timeouts(int fd, long seconds);
+
+/* What a client may do from its login on. */
+static void log_in(struct conn *c) {
+    c->authed = true;
+    c->max_bytes = (size_t)opt.max_request;
+    c->max_words = MAX_WORDS;
+    set_timeouts(c->fd, opt.timeout);
+}
+
+/* Logs the client in if user and password are right. Closes after ten wrong ones. */
+static bool authenticate(struct conn *c, struct slice user, struct slice word) {
+    bool is_user = user.len == 7 && memcmp(user.p, "default", 7) == 0;
+    if (is_user && (password[0] == 0 || is_password(word))) {
+        log_in(c);
+        return true;
+    }
+    c->wrong_passwords++;
+    if (c->wrong_passwords == 10) c->closing = "ten wrong passwords";
+    return fail(c, "WRONGPASS invalid username-password pair or user is disabled.");
+}
+
+/* AUTH password, or AUTH default password. */
+static bool cmd_auth(struct conn *c) {
+    struct slice user = c->argc == 3 ? c->argv[1] : str("default");
+    if (c->argc > 3) return fail(c, "ERR syntax error");
+    if (password[0] == 0 && c->argc == 2)
+        return fail(c,
+                    "ERR AUTH <password> called without any password configured for the "
+                    "default user. Are you sure your configuration is correct?");
+    return authenticate(c, user, c->argv[c->argc - 1]) && reply_status(c, "OK");
+}
+
+/* --- The table of commands, and running one ----------------------------------------- */
+
+static bool cmd_help(struct conn *c);
+
+enum { ANY = MAX_WORDS }; /* as many words as a request may have */
+
+/* The most used first, for a lookup goes from the top. Those without
+   syntax come last. */
+static const struct command commands[] = {
+    {"GET", "key", 2, 2, KEY, cmd_get, "the value of a key", "it, or (nil)"},
+    {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, KEY, cmd_set,
+     "store a value", "OK, or (nil) if NX finds a key or XX finds none"},
+    {"PING", "[message]", 1, 2, OPEN, cmd_ping, "are you there?", "PONG, or the message"},
+    {"INCR", "key", 2, 2, KEY, cmd_incr, "add 1; no key is 0", "the sum"},
+    {"DEL", "key...", 2, ANY, 0, cmd_del, "remove keys", "how many there were"},
+    {"DECR", "key", 2, 2, KEY, cmd_decr, "subtract 1", "the difference"},
+    {"INCRBY", "key n", 3, 3, KEY, cmd_incrby, "add n", "the sum"},
+    {"DECRBY", "key n", 3, 3, KEY, cmd_decrby, "subtract n", "the difference"},
+    {"EXISTS", "key...", 2, ANY, 0, cmd_exists, "do keys exist?", "how many do"},
+    {"KEYS", "[pattern]", 1, 2, 0, cmd_keys, "which match * ? [a-z] [^a] \\x", "these"},
+    {"EXPIRE", "key n", 3, ANY, KEY, cmd_expire, "remove it in n s", "1, or 0"},
+    {"PEXPIRE", "key n", 3, ANY, KEY, cmd_pexpire, "remove it in n ms", "1, or 0"},
+    {"EXPIREAT", "key n", 3, ANY, KEY, cmd_expireat, "... n s after 1970 began",
+     "1, or 0"},
+    {"PEXPIREAT", "key n", 3, ANY, KEY, cmd_pexpireat, "... n ms after 1970 began",
+     "1, or 0"},
+    {"TTL", "key", 2, 2, KEY, cmd_ttl, "how many s it has left",
+     "it; -1: for ever, -2: no key"},
+    {"PTTL", "key", 2, 2, KEY, cmd_pttl, "how many ms it has left",
+     "it; -1: for ever, -2: no key"},
+    {"PERSIST", "key", 2, 2, KEY, cmd_persist, "let it not expire", "1, or 0"},
+    {"DBSIZE", "", 1, 1, 0, cmd_dbsize, "count all keys", "how many there are"},
+    {"FLUSHDB", "", 1, ANY, 0, cmd_flush, "remove all keys", "OK"},
+    {"FLUSHALL", "", 1, ANY, 0, cmd_flush, "remove all keys", "OK"},
+    {"ECHO", "message", 2, 2, 0, cmd_echo, "repeat the message", "the message"},
+    {"HELP", "[command]", 1, 2, OPEN, cmd_help, "this list, or one command", "lines"},
+    {"AUTH", "[default] password", 2, ANY, OPEN, cmd_auth, "log in", "OK"},
+    {"QUIT", "", 1, ANY, OPEN, cmd_quit, "close the connection", "OK"},
+    {"SELECT", "0", 2, 2, 0, cmd_select, "there is one database", "OK"},
+    {"POST", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
+    {"Host:", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
+    {"MULTI", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"WATCH", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"EXEC", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"DISCARD", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {NULL, NULL, 0, 0, 0, NULL, NULL, NULL},
+};
+
+static const struct command *find_command(struct slice word) {
+    for (const struct command *cmd = commands; cmd->name; cmd++)
+        if (word_is(word, cmd->name)) return cmd;
+    return NULL;
+}
+
+static bool fail_unknown(struct conn *c, struct slice word) {
+    return fail(c, "ERR unknown command '%s', see HELP", show(word).text);
+}
+
+/* HELP command: what its row says. */
+static bool help_one(struct conn *c, struct slice word) {
+    const struct command *cmd = find_command(word);
+    if (!cmd || !cmd->args) return fail_unknown(c, word);
+    struct text syntax;
+    snprintf(syntax.text, sizeof syntax, "%s %s", cmd->name, cmd->args);
+    list_start(c, 3);
+    reply_status(c, syntax.text);
+    reply_status(c, cmd->what);
+    reply_status(c, cmd->replies);
+    return list_end(c, 3, "line");
+}
+
+static bool cmd_help(struct conn *c) {
+    if (c->argc > 1) return help_one(c, c->argv[1]);
+    size_t n = 0;
+    while (commands[n].args) n++;
+    list_start(c, n);
+    for (size_t i = 0; i < n; i++) {
+        const struct command *cmd = &commands[i];
+        struct text line;
+        int width = 23 - (int)strlen(cmd->name);
+        snprintf(line.text, sizeof line, "%s %-*s %s", cmd->name, width, cmd->args,
+                 cmd->what);
+        reply_status(c, line.text);
+    }
+    return list_end(c, n, "command");
+}
+
+/* Runs the request in argv. Returns what the reply returned. */
+static bool run_request(struct conn *c) {
+    const struct command *cmd = c->cmd = find_command(c->argv[0]);
+    if (!cmd) return fail_unknown(c, c->argv[0]);
+    if (c->argc < cmd->min_words || c->argc > cmd->max_words)
+        return fail(c, "ERR wrong number of arguments for '%s' command: %s %s",
+                    lower_name(cmd).text, cmd->name, cmd->args);
+    if (!c->authed && !(cmd->flags & OPEN))
+        return fail(c, "NOAUTH Authentication required.");
+    if (!(cmd->flags & KEY)) return cmd->run(c);
+    lock_key(c, c->argv[1]);
+    bool ok = cmd->run(c);
+    unlock_key(c);
+    return ok;
+}
+
+/* Logs a request, its client and its time, but no words that may be a password. If
+   AUTH was mistyped, the word behind it may be one, too. */
+static void log_request(const struct conn *c, const char *client, int64_t us) {
+    char line[512], *end = line;
+    char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
+    bool is_auth = c->cmd && c->cmd->run == cmd_auth;
+    bool is_secret = is_auth || !c->authed || (!c->cmd && password[0] != 0);
+    size_t shown = is_secret ? 1 : c->argc;
+    for (size_t i = 0; i < shown && end < last; i++) {
+        *end++ = ' ';
+        end = stpcpy(end, show(c->argv[i]).text);
+    }
+    *end = 0;
+    say(COMMAND, "%s%s (%ld us)", client, line, (long)us);
+}
+
+/* === 9 Connections ================================================================= */
+
+/* Sends all replies. Blocks until the client has taken them, up to --timeout. Sets closing
+   on failure. */
+static void send_replies(struct conn *c) {
+    if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
+    size_t sent = 0, len = c->out.failed ? 0 : c->out.len;
+    while (sent < len) {
+        ssize_t n = send(c->fd, c->out.p + sent, len - sent, 0);
+        if (n >= 0) {
+            sent += (size_t)n;
+        } else if (errno != EINTR) {
+            /* EAGAIN: the time is over that set_timeouts allows. */
+            c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
+            break;
+        }
+    }
+    c->out.len = 0;
+}
+
+/* Reads once and appends to c->in. Returns recv's result; a signal does not interrupt. */
+static ssize_t receive(struct conn *c, int flags) {
+    struct buf *in = &c->in;
+    char *to = buf_reserve(in, MIN_READ);
+    errno = ENOMEM;
+    ssize_t n = -1;
+    while (to && n < 0) {
+        n = recv(c->fd, to, in->cap - in->len, flags);
+        if (n < 0 && errno != EINTR) break;
+    }
+    return n;
+}
+
+/* There is no more input. Tells the client about a line that has no end. */
+static void end_input(struct conn *c) {
+    c->closing = "end of input";
+    bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
+    if (!is_half_line) return;
+    c->resp = c->crlf = false;
+    fail_line(c, "ERR the last line has no newline: it may be cut short and is not run");
+}
+
+/* Waits for input, up to --timeout, and appends it to what there is of a request. If
+   there will be no more, says in closing why. */
+static void read_more(struct conn *c) {
+    struct buf *in = &c->in;
+    in->len -= c->pos;
+    if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
+    c->pos = 0;
+    ssize_t n = receive(c, MSG_DONTWAIT);
+    if (n < 0 && errno == EAGAIN) {
+        buf_slim(&c->out); /* a silent client has small buffers */
+        buf_slim(in);
+        n = receive(c, 0);
+    }
+    if (n > 0) in->len += (size_t)n;
+    else if (n == 0) end_input(c);
+    else
+        c->closing = errno == EAGAIN ? "timeout" : strerror(errno); /* see send_replies */
+    /* Full: more is waiting, so take more at a time. */
+    if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
+}
+
+/* Runs all requests that have arrived in full. Sends replies in between when IO_CHUNK
+   bytes have gathered, so that out is bounded. */
+static void run_requests(struct conn *c, const char *client) {
+    while (next_request(c)) {
+        if (c->argc > 0) {
+            int64_t start = is_logged(COMMAND) ? monotonic_us() : 0;
+            run_request(c);
+            if (is_logged(COMMAND)) log_request(c, client, monotonic_us() - start);
+        }
+        if (c->out.len >= IO_CHUNK) send_replies(c);
+    }
+}
+
+/* Closes fd so that the client gets the last replies. If input is unread at close, or
+   comes later, the system resets the connection, and replies that are on the way are
+   lost. So this ends only our side first, and reads until the client closes its side, has
+   been silent for ms, or has gone on sending for ms. */
+static void hang_up(int fd, int ms) {
+    char unread[1024];
+    struct pollfd input = {.fd = fd, .events = POLLIN};
+    int64_t end = monotonic_us() + 1000 * (int64_t)ms;
+    bool open = shutdown(fd, SHUT_WR) == 0;
+    do {
+        int ready = poll(&input, 1, ms);
+        if (ready == 0) break;
+        if (ready > 0) open = recv(fd, unread, sizeof unread, MSG_DONTWAIT) > 0;
+    } while (open && monotonic_us() < end);
+    close(fd);
+}
+
+/* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
+static void *conn_main(void *arg) {
+    struct conn c = {.fd = (int)(intptr_t)arg};
+    struct text client = {""};
+    if (is_logged(CLIENT)) client = address_of(c.fd, getpeername);
+    say(CLIENT, "%s connected", client.text);
+    c.max_bytes =
+        (size_t)(opt.max_request < OPEN_MAX_BYTES ? opt.max_request : OPEN_MAX_BYTES);
+    c.max_words = OPEN_MAX_WORDS;
+    if (password[0] == 0) log_in(&c);
+    while (!c.closing) {
+        read_more(&c);
+        run_requests(&c, client.text);
+        send_replies(&c);
+    }
+    say(CLIENT, "%s closed: %s", client.text, c.closing);
+    free(c.in.p);
+    free(c.argv);
+    free(c.out.p);
+    clients--; /* before the client sees the end: the next one may come at once */
+    /* Those that linger must not lock others out, see accept_client. */
+    bool many_linger = threads > opt.max_clients + 12;
+    hang_up(c.fd, many_linger ? 0 : 1000);
+    threads--;
+    return NULL;
+}
+
+/* === 11 The server ================================================================= */
+
+/* Setting an option may fail, for example where the client is gone already. A connection
+   works without, only less well. */
+static void set_option_of(int fd, int level, int name, int value) {
+    (void)setsockopt(fd, level, name, &value, sizeof value);
+}
+
+/* Sets how long a read and a send may take; 0: for ever. */
+static void set_timeouts(int fd, long seconds) {
+    const struct timeval timeout = {.tv_sec = seconds};
+    (void)setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
+    (void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
+}
+
+static void prepare_connection(int fd) {
+    enum { OPEN_TIMEOUT = 10 }; /* s, before AUTH */
+    bool is_short = opt.timeout > 0 && opt.timeout < OPEN_TIMEOUT;
+    set_timeouts(fd, is_short ? opt.timeout : OPEN_TIMEOUT);
+    fcntl(fd, F_SETFL, 0); /* BSD hands on O_NONBLOCK from the listener */
+    set_option_of(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    set_option_of(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+#ifdef TCP_KEEPIDLE /* else a client that has vanished is found after hours */
+    set_option_of(fd, IPPROTO_TCP, TCP_KEEPIDLE, 240); /* s, then 3 times 20 s */
+    set_option_of(fd, IPPROTO_TCP, TCP_KEEPINTVL, 20);
+    set_option_of(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
+#endif
+}
+
+/* Turns a client away, in RESP's form, and logs why, once a second. */
+static void refuse_client(int fd, const char *why) {
+    static atomic_llong logged;
+    static const char text[] = "-ERR max number of clients reached\r\n";
+    if (is_first_this_second(&logged)) say(WARN, "client refused: %s", why);
+    ssize_t n = send(fd, text, sizeof text - 1, MSG_DONTWAIT);
+    (void)n; /* if it fails, the client sees only the end */
+    hang_up(fd, 0);
+}
+
+/* Accepts a client and starts its thread. Where the system has no descriptor or no memory
+   the client waits, and this function sleeps 10 ms, for poll would return at once. */
+static void accept_client(int listener, const pthread_attr_t *attributes) {
+    static atomic_llong logged;
+    pthread_t id;
+    int fd = accept(listener, NULL, NULL);
+    if (fd < 0) {
+        if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) return;
+        if (is_first_this_second(&logged)) say(WARN, "accept: %s", strerror(errno));
+        sleep_ms(10);
+        return;
+    }
+    if (clients >= opt.max_clients) sleep_ms(1); /* one that is leaving makes room */
+    bool is_full = clients >= opt.max_clients;
+    /* Threads in hang_up hold descriptors, too; reserve_descriptors has 32 to spare. */
+    bool many_linger = threads >= opt.max_clients + 24;
+    if (is_full || many_linger) {
+        refuse_client(fd, "too many clients");
+        return;
+    }
+    prepare_connection(fd);
+    clients++;
+    threads++;
+    int error = pthread_create(&id, attributes, conn_main, (void *)(intptr_t)fd);
+    if (error) {
+        clients--;
+        threads--;
+        refuse_client(fd, strerror(error));
+    }
+}
+
+/* Returns a socket that listens, and does not block, at the first address that --bind
+   names, IPv4 before IPv6. */
+static int listen_on(void) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *all;
+    char port[8];
+    snprintf(port, sizeof port, "%ld", opt.port);
+    int error = getaddrinfo(opt.bind, port, &hints, &all);
+    if (error) die(2, "--bind %s: %s", opt.bind, gai_strerror(error));
+    const struct addrinfo *a = all;
+    while (a->ai_next && a->ai_family != AF_INET) a = a->ai_next;
+    if (a->ai_family != AF_INET) a = all;
+    int fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
+    if (fd < 0) die(1, "socket: %s", strerror(errno));
+    set_option_of(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    bool bound =
+        fcntl(fd, F_SETFL, O_NONBLOCK) == 0 && bind(fd, a->ai_addr, a->ai_addrlen) == 0;
+    int bind_error = errno;
+    freeaddrinfo(all);
+    const char *hint = bind_error == EADDRINUSE ? "; -p 0 takes any free port" : "";
+    if (!bound) die(1, "%s port %s: %s%s", opt.bind, port, strerror(bind_error), hint);
+    struct text here = address_of(fd, getsockname);
+    bool local =
+        strncmp(here.text, "127.", 4) == 0 || strncmp(here.text, "[::1]", 5) == 0;
+    if (!local && !opt.insecure && password[0] == 0)
+        die(2, "--bind %s needs --password-file or --insecure", opt.bind);
+    if (listen(fd, SOMAXCONN) < 0) die(1, "listen: %s", strerror(errno));
+    return fd;
+}
+
+/* Reads the first line of --password-file into password. Ends the program if that is not
+   possible, or not wise. */
+static void read_password(void) {
+    struct stat st = {0};
+    FILE *f = fopen(opt.password_file, "r");
+    size_t n = f ? fread(password, 1, sizeof password - 1, f) : 0;
+    size_t len = strcspn(password, "\r\n");
+    const char *wrong = NULL;
+    if (!f || fstat(fileno(f), &st) < 0) wrong = strerror(errno);
+    else if (st.st_mode & 022) wrong = "others may write it: chmod 600 helps";
+    else if (strncmp(password, "\xef\xbb\xbf", 3) == 0)
+        wrong = "it has a byte order mark";
+    else if (len == 0 || len == sizeof password - 1 || (len < n && password[len] == 0))
+        wrong = "its first line is empty, too long, or no text";
+    if (wrong) die(2, "--password-file %s: %s", opt.password_file, wrong);
+    if (st.st_mode & 044) say(WARN, "--password-file: others may read it");
+    password[len] = 0;
+    fclose(f);
+}
+
+static void on_signal(int number) {
+    (void)number;
+    stopping = true;
+}
+
+static void catch_signals(void) {
+    struct sigaction action = {.sa_handler = on_signal}, hangup;
+    signal(SIGPIPE, SIG_IGN); /* so that send fails instead */
+    signal(SIGXFSZ, SIG_IGN); /* so that write fails instead */
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGHUP, NULL, &hangup);
+    if (hangup.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, NULL); /* else: nohup */
+}
+
+/* Allows as many descriptors as --max-clients needs. With fewer some clients wait until
+   others leave. */
+static void reserve_descriptors(void) {
+    struct rlimit limit = {0, 0};
+    getrlimit(RLIMIT_NOFILE, &limit);
+    rlim_t want = (rlim_t)opt.max_clients + 32; /* the log, who lingers, ... */
+    limit.rlim_cur = limit.rlim_max < want ? limit.rlim_max : want;
+    if (setrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur < want)
+        say(WARN, "only %ju descriptors for --max-clients", (uintmax_t)limit.rlim_cur);
+}
+
+/* Opens descriptors 0 to 2 where they are closed, so that no client's socket becomes
+   stderr. */
+static void open_standard_descriptors(void) {
+    int fd = open("/dev/null", O_RDWR);
+    while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
+    if (fd >= 0) close(fd);
+}
+
+static void draw_table_key(void) {
+    int fd = open("/dev/urandom", O_RDONLY);
+    if (fd < 0 || read(fd, table_key, sizeof table_key) != sizeof table_key)
+        die(1, "cannot read /dev/urandom: %s", strerror(errno));
+    close(fd);
+}
+
+/* Sets up attributes for the threads of connections. They are detached: nobody joins
+   them. A stack is small: 64 KiB, or as much as the system asks for. */
+static void prepare_threads(pthread_attr_t *attributes) {
+    long stack = sysconf(_SC_THREAD_STACK_MIN);
+    if (stack < 65536) stack = 65536;
+    if (pthread_attr_init(attributes) != 0 ||
+        pthread_attr_setstacksize(attributes, (size_t)stack) != 0 ||
+        pthread_attr_setdetachstate(attributes, PTHREAD_CREATE_DETACHED) != 0)
+        die(1, "cannot set up threads");
+}
+
+/* Accepts clients until a signal asks for the end. */
+static void accept_clients(int listener) {
+    pthread_attr_t attributes;
+    struct pollfd input = {.fd = listener, .events = POLLIN};
+    prepare_threads(&attributes);
+    while (!stopping) {
+        /* A signal may come just before poll begins, so poll does not wait long. */
+        if (poll(&input, 1, 50) > 0) accept_client(listener, &attributes);
+    }
+    close(listener);
+}
+
+int main(int argc, char **argv) {
+    pthread_t expiry;
+    parse_options(argc, argv);
+    if (opt.help || opt.version) {
+        print_help();
+        return 0;
+    }
+    open_standard_descriptors();
+    draw_table_key();
+    catch_signals();
+    if (opt.password_file) read_password();
+    reserve_descriptors();
+    for (long i = 0; i < opt.shards; i++) {
+        pthread_mutex_init(&shards[i].lock, NULL);
+    }
+#ifdef M_ARENA_MAX
+    /* glibc gives threads heaps of their own, and what is freed in one, the others cannot
+       use. With two, little lies idle (./bench.sh measure arenas). A thread seldom waits
+       for one, for it has a small cache of its own before them. */
+    mallopt(M_ARENA_MAX, 2);
+#endif
+    int listener = listen_on();
+    int error = pthread_create(&expiry, NULL, expiry_main, NULL);
+    if (error) die(1, "cannot start a thread: %s", strerror(error));
+    say(INFO, "listening on %s", address_of(listener, getsockname).text);
+    accept_clients(listener);
+    say(INFO, "stopped with %ld clients", (long)clients);
+    return 0; /* this ends all threads, whatever they do */
+}
