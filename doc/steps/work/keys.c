@@ -1077,7 +1077,8 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
 
 /* What may follow SET key value. Some words exclude each other. EX, PX, EXAT and PXAT are
    followed by a number, in units of so many ms, from now or (AT) from 1970. */
-enum { NX = 1, XX = 2, KEEPTTL = 4, EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
+enum { NX = 1, XX = 2, KEEPTTL = 4 };
+enum { EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
 static const struct set_word {
     const char *name;
     int flag, excludes;

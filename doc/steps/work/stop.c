@@ -1105,7 +1105,8 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
 
 /* What may follow SET key value. Some words exclude each other. EX, PX, EXAT and PXAT are
    followed by a number, in units of so many ms, from now or (AT) from 1970. */
-enum { NX = 1, XX = 2, KEEPTTL = 4, EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
+enum { NX = 1, XX = 2, KEEPTTL = 4 };
+enum { EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
 static const struct set_word {
     const char *name;
     int flag, excludes;
@@ -1600,8 +1601,8 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
-/* Sends all replies. Blocks until the client has taken them, up to --timeout. Sets closing
-   on failure. */
+/* Sends all replies. Blocks until the client has taken them, up to --timeout. Sets
+   closing on failure. */
 static void send_replies(struct conn *c) {
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
     size_t sent = 0, len = c->out.failed ? 0 : c->out.len;
