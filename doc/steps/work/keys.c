@@ -750,9 +750,9 @@ struct table {
     size_t heap_len, heap_room;
 };
 
-/* lock guards the rest. To write one byte, a processor takes the whole line of 64 bytes
-   from the other processors. So a shard begins on a line of its own: two processors that
-   work on two shards do not take lines from each other. */
+/* lock guards the rest. To write one byte, a processor takes the whole cache line, 64
+   bytes, from the other processors. So a shard begins on a cache line of its own: two
+   processors that work on two shards do not take lines from each other. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
@@ -875,8 +875,8 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. It is either up or down: if d
-   moves up, then all that is below it is later. */
+   is later, or further down as long as a child is sooner. It never goes up and then down:
+   the parents that came down in its place are later than d, and so is all below them. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -893,8 +893,9 @@ static void heap_place(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its place. It comes
-   from another branch, so it may have to go up from there as well as down. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its place. That may
+   be from another branch: sooner than the parent of the free slot, and then it goes up,
+   or later than a child, and then it goes down. */
 static void deadline_clear(struct table *t, struct entry *e) {
     if (e->slot == 0) return;
     struct deadline last = t->heap[t->heap_len];
@@ -1071,7 +1072,7 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
         return fail(c, "ERR invalid expire time in '%s' command",
                     lower_name(c->cmd).text);
     *deadline = n * unit + base;
-    if (*deadline == NEVER) *deadline = NEVER - 1;
+    if (*deadline == NEVER) *deadline = NEVER - 1; /* a deadline all the same */
     return true;
 }
 
@@ -1212,23 +1213,22 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
-   it, too. In [a-] the ] is the end of a range and does not close the class: so in Redis.
-   class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
+/* Whether b is in the class at *at, which moves behind it. As in Redis, a range may be
+   written either way round, [a-z] or [z-a], and any byte may end it, also a ].
+   class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
     bool match = false, negate = p < end && *p == '^';
     if (negate) p++;
-    for (; p < end && *p != ']'; p++) {
+    while (p < end && *p != ']') {
         bool escaped = *p == '\\' && end - p > 1;
         if (escaped) p++;
-        unsigned char low = (unsigned char)*p, high = low;
-        if (!escaped && end - p > 2 && p[1] == '-') {
-            p += 2;
-            high = (unsigned char)*p;
-        }
-        if (low <= b && b <= high) match = true;
-        if (high <= b && b <= low) match = true; /* [z-a], as in Redis */
+        bool is_range = !escaped && end - p > 2 && p[1] == '-';
+        unsigned char first = (unsigned char)p[0];
+        unsigned char last = (unsigned char)p[is_range ? 2 : 0];
+        if (first <= b && b <= last) match = true;
+        if (last <= b && b <= first) match = true;
+        p += is_range ? 3 : 1;
     }
     *at = p < end ? p + 1 : p;
     return match != negate;
@@ -1254,12 +1254,9 @@ static bool match_item(const char **at, const char *end, char b) {
          a       b      no: back, it takes a, too
          b       b      yes: the end of both
 
-   It need not go back to an earlier star. The a between the two stars fits the first a of
-   the string, and also the second. But a match with the second becomes one with the first
-   if the last star takes the bytes in between, too. So the first place that fits is as
-   good as any. star_i never goes down, also when another star becomes the last: all stars
-   together take one byte more at most s.len times, and between two such times at most
-   pattern.len steps pass. */
+   An earlier star need never take more: what is between two stars is matched as far left
+   as it fits, and so leaves the most bytes for the rest of the pattern. star_i only
+   grows, so this goes back at most s.len times. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *star = NULL; /* what is behind the last star */
@@ -1506,16 +1503,19 @@ static void send_replies(struct conn *c) {
     c->out.len = 0;
 }
 
-/* Reads once and appends to c->in. Returns recv's result; a signal does not interrupt. */
+/* Reads once and appends to c->in. Returns recv's result, and -1 and ENOMEM when memory
+   is out. If a signal interrupts recv, it is called again. */
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
     char *to = buf_reserve(in, MIN_READ);
-    errno = ENOMEM;
-    ssize_t n = -1;
-    while (to && n < 0) {
-        n = recv(c->fd, to, in->cap - in->len, flags);
-        if (n < 0 && errno != EINTR) break;
+    ssize_t n;
+    if (!to) {
+        errno = ENOMEM;
+        return -1;
     }
+    do n = recv(c->fd, to, in->cap - in->len, flags);
+    while (n < 0 && errno == EINTR);
+    if (n > 0) in->len += (size_t)n;
     return n;
 }
 
@@ -1541,10 +1541,9 @@ static void read_more(struct conn *c) {
         buf_slim(in);
         n = receive(c, 0);
     }
-    if (n > 0) in->len += (size_t)n;
-    else if (n == 0) end_input(c);
-    else c->closing = strerror(errno);
-    /* Full: more is waiting, so take more at a time. */
+    if (n == 0) end_input(c);
+    if (n < 0) c->closing = strerror(errno);
+    /* Full: more may be waiting, so make room to take more at a time. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
@@ -1709,9 +1708,10 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    /* glibc gives threads heaps of their own, and what is freed in one, the others cannot
-       use. With two, little lies idle (./bench.sh measure arenas). A thread seldom waits
-       for one, for it has a small cache of its own before them. */
+    /* malloc of glibc has several arenas, so that threads seldom wait for each other. But
+       memory that is freed in one arena cannot be used by another. With two arenas little
+       lies idle (./bench.sh measure arenas). Threads seldom wait even so, for each also
+       keeps some freed blocks for itself. */
     mallopt(M_ARENA_MAX, 2);
 #endif
     int listener = listen_on();

@@ -79,7 +79,7 @@ struct text {
    atomic.) */
 enum stage {
     SERVING,
-    ANSWERING, /* a signal came: answer what has arrived, then close */
+    ANSWERING, /* a signal came: main has all threads answer what has arrived, and end */
     GIVING_UP, /* run nothing more, only send the replies to what was run */
 };
 static _Atomic enum stage stopping = SERVING;
@@ -777,9 +777,9 @@ struct table {
     size_t heap_len, heap_room;
 };
 
-/* lock guards the rest. To write one byte, a processor takes the whole line of 64 bytes
-   from the other processors. So a shard begins on a line of its own: two processors that
-   work on two shards do not take lines from each other. */
+/* lock guards the rest. To write one byte, a processor takes the whole cache line, 64
+   bytes, from the other processors. So a shard begins on a cache line of its own: two
+   processors that work on two shards do not take lines from each other. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
@@ -902,8 +902,8 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. It is either up or down: if d
-   moves up, then all that is below it is later. */
+   is later, or further down as long as a child is sooner. It never goes up and then down:
+   the parents that came down in its place are later than d, and so is all below them. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -920,8 +920,9 @@ static void heap_place(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its place. It comes
-   from another branch, so it may have to go up from there as well as down. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its place. That may
+   be from another branch: sooner than the parent of the free slot, and then it goes up,
+   or later than a child, and then it goes down. */
 static void deadline_clear(struct table *t, struct entry *e) {
     if (e->slot == 0) return;
     struct deadline last = t->heap[t->heap_len];
@@ -1099,7 +1100,7 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
         return fail(c, "ERR invalid expire time in '%s' command",
                     lower_name(c->cmd).text);
     *deadline = n * unit + base;
-    if (*deadline == NEVER) *deadline = NEVER - 1;
+    if (*deadline == NEVER) *deadline = NEVER - 1; /* a deadline all the same */
     return true;
 }
 
@@ -1240,23 +1241,22 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
-   it, too. In [a-] the ] is the end of a range and does not close the class: so in Redis.
-   class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
+/* Whether b is in the class at *at, which moves behind it. As in Redis, a range may be
+   written either way round, [a-z] or [z-a], and any byte may end it, also a ].
+   class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
     bool match = false, negate = p < end && *p == '^';
     if (negate) p++;
-    for (; p < end && *p != ']'; p++) {
+    while (p < end && *p != ']') {
         bool escaped = *p == '\\' && end - p > 1;
         if (escaped) p++;
-        unsigned char low = (unsigned char)*p, high = low;
-        if (!escaped && end - p > 2 && p[1] == '-') {
-            p += 2;
-            high = (unsigned char)*p;
-        }
-        if (low <= b && b <= high) match = true;
-        if (high <= b && b <= low) match = true; /* [z-a], as in Redis */
+        bool is_range = !escaped && end - p > 2 && p[1] == '-';
+        unsigned char first = (unsigned char)p[0];
+        unsigned char last = (unsigned char)p[is_range ? 2 : 0];
+        if (first <= b && b <= last) match = true;
+        if (last <= b && b <= first) match = true;
+        p += is_range ? 3 : 1;
     }
     *at = p < end ? p + 1 : p;
     return match != negate;
@@ -1282,12 +1282,9 @@ static bool match_item(const char **at, const char *end, char b) {
          a       b      no: back, it takes a, too
          b       b      yes: the end of both
 
-   It need not go back to an earlier star. The a between the two stars fits the first a of
-   the string, and also the second. But a match with the second becomes one with the first
-   if the last star takes the bytes in between, too. So the first place that fits is as
-   good as any. star_i never goes down, also when another star becomes the last: all stars
-   together take one byte more at most s.len times, and between two such times at most
-   pattern.len steps pass.
+   An earlier star need never take more: what is between two stars is matched as far left
+   as it fits, and so leaves the most bytes for the rest of the pattern. star_i only
+   grows, so this goes back at most s.len times.
 
    Once the server gives up, this goes back no more: KEYS then sends no list. */
 static bool glob_match(struct slice pattern, struct slice s) {
@@ -1619,16 +1616,19 @@ static void send_replies(struct conn *c) {
     c->out.len = 0;
 }
 
-/* Reads once and appends to c->in. Returns recv's result; a signal does not interrupt. */
+/* Reads once and appends to c->in. Returns recv's result, and -1 and ENOMEM when memory
+   is out. If a signal interrupts recv, it is called again. */
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
     char *to = buf_reserve(in, MIN_READ);
-    errno = ENOMEM;
-    ssize_t n = -1;
-    while (to && n < 0) {
-        n = recv(c->fd, to, in->cap - in->len, flags);
-        if (n < 0 && errno != EINTR) break;
+    ssize_t n;
+    if (!to) {
+        errno = ENOMEM;
+        return -1;
     }
+    do n = recv(c->fd, to, in->cap - in->len, flags);
+    while (n < 0 && errno == EINTR);
+    if (n > 0) in->len += (size_t)n;
     return n;
 }
 
@@ -1655,11 +1655,9 @@ static void read_more(struct conn *c) {
         buf_slim(in);
         n = receive(c, 0);
     }
-    if (n > 0) in->len += (size_t)n;
-    else if (n == 0) end_input(c);
-    else
-        c->closing = errno == EAGAIN ? "timeout" : strerror(errno); /* see send_replies */
-    /* Full: more is waiting, so take more at a time. */
+    if (n == 0) end_input(c);
+    if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
+    /* Full: more may be waiting, so make room to take more at a time. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
@@ -1693,6 +1691,13 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
+/* Who needs descriptors: as many clients as --max-clients says, some MAX_LINGERING
+   threads that are in hang_up (a thread that comes there when there are more does not
+   wait), and 16 for the listener, the log and so on. So kv reserves SPARE_DESCRIPTORS
+   besides those of the clients. (If they run out all the same, accept fails, and the next
+   one waits.) */
+enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = 32 };
+
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
     struct conn c = {.fd = (int)(intptr_t)arg};
@@ -1713,9 +1718,8 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
-    /* Those that linger must not lock others out, see accept_client. */
-    bool many_linger = threads > opt.max_clients + 12;
-    hang_up(c.fd, many_linger ? 0 : 1000);
+    bool may_linger = threads <= opt.max_clients + MAX_LINGERING;
+    hang_up(c.fd, may_linger ? 1000 : 0);
     threads--; /* the last thing: main ends the program at 0 */
     return NULL;
 }
@@ -1772,10 +1776,7 @@ static void accept_client(int listener, const pthread_attr_t *attributes) {
         return;
     }
     if (clients >= opt.max_clients) sleep_ms(1); /* one that is leaving makes room */
-    bool is_full = clients >= opt.max_clients;
-    /* Threads in hang_up hold descriptors, too; reserve_descriptors has 32 to spare. */
-    bool many_linger = threads >= opt.max_clients + 24;
-    if (is_full || many_linger) {
+    if (clients >= opt.max_clients) {
         refuse_client(fd, "too many clients");
         return;
     }
@@ -1867,7 +1868,7 @@ static int max_descriptors; /* each is below this number */
 static void reserve_descriptors(void) {
     struct rlimit limit = {0, 0};
     getrlimit(RLIMIT_NOFILE, &limit);
-    rlim_t want = (rlim_t)opt.max_clients + 32; /* the log, who lingers, ... */
+    rlim_t want = (rlim_t)opt.max_clients + SPARE_DESCRIPTORS;
     limit.rlim_cur = limit.rlim_max < want ? limit.rlim_max : want;
     max_descriptors = (int)limit.rlim_cur;
     if (setrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur < want)
@@ -1912,13 +1913,18 @@ static void wait_for_threads(int64_t ms) {
     while (threads > 0 && monotonic_us() < end) sleep_ms(10);
 }
 
-/* Makes the threads of all connections end. After SHUT_RD, recv (on Linux) still returns
-   what has arrived and what arrives later. But where it would block, it returns 0, the
-   end of the input. So a thread answers what there is, and then ends. A client that sends
-   without a pause is served for 2 s. Then nothing more is run, and replies to what was
-   run get half a second. The price: in hang_up, too, recv returns 0 where it would block,
-   so it closes without waiting for the client. One that still sends then has its
-   connection reset, and may miss the last replies. */
+/* Makes the threads of all connections end, in three steps:
+
+     SHUT_RD, 2 s      recv (on Linux) still returns what has arrived or arrives later.
+                       But where it would block, it returns 0, as at the end of the
+                       input. So a thread answers what there is, and ends.
+     GIVING_UP, 0.5 s  A client that sends without a pause still has a thread. It runs
+                       nothing more, and only sends the replies to what was run.
+     SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
+                       now.
+
+   The price: in hang_up, too, recv returns 0 at once, so it does not wait for the client.
+   One that still sends then has its connection reset, and may miss the last replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
@@ -1960,9 +1966,10 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    /* glibc gives threads heaps of their own, and what is freed in one, the others cannot
-       use. With two, little lies idle (./bench.sh measure arenas). A thread seldom waits
-       for one, for it has a small cache of its own before them. */
+    /* malloc of glibc has several arenas, so that threads seldom wait for each other. But
+       memory that is freed in one arena cannot be used by another. With two arenas little
+       lies idle (./bench.sh measure arenas). Threads seldom wait even so, for each also
+       keeps some freed blocks for itself. */
     mallopt(M_ARENA_MAX, 2);
 #endif
     int listener = listen_on();
