@@ -896,8 +896,8 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. It never goes up and then down:
-   the parents that came down in its place are later than d, and so is all below them. */
+   is later, or further down as long as a child is sooner. If it has gone up, the child
+   now below it is the old parent. That is later than d, so d does not go down again. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -1365,8 +1365,9 @@ static bool cmd_dbsize(struct conn *c) {
     return reply_int(c, (int64_t)n);
 }
 
-/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. Their memory is freed
-   afterwards, for that takes long. */
+/* FLUSHALL and FLUSHDB: all keys go at one moment. No shard is unlocked before all are
+   locked, and each is empty when it is unlocked, so nobody sees an old key after an empty
+   shard. The memory is freed afterwards, for that takes long. */
 static bool cmd_flush(struct conn *c) {
     if (c->argc > 1) return fail(c, "ERR syntax error");
     struct table *old = calloc((size_t)opt.shards, sizeof *old);
@@ -1645,7 +1646,8 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* Full: more may be waiting, so make room to take more at a time. */
+    /* The buffer was filled: double it, so that the next read can take more. (receive alone
+       would leave it as it is once its requests have been run.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
@@ -1679,12 +1681,12 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* Who needs descriptors: as many clients as --max-clients says, some MAX_LINGERING
-   threads that are in hang_up (a thread that comes there when there are more does not
-   wait), and 16 for the listener, the log and so on. So kv reserves SPARE_DESCRIPTORS
-   besides those of the clients. (If they run out all the same, accept fails, and the next
-   one waits.) */
-enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = 32 };
+/* Each connection's thread has a descriptor, whether it serves a client or is in hang_up,
+   where it is no client any more. A thread that comes there when there are more than
+   --max-clients + MAX_LINGERING threads in all closes at once. 16 descriptors more are
+   for the listener, the log and so on. (If they run out all the same, accept fails, and
+   the next client waits.) */
+enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = MAX_LINGERING + 16 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {

@@ -875,8 +875,8 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. It never goes up and then down:
-   the parents that came down in its place are later than d, and so is all below them. */
+   is later, or further down as long as a child is sooner. If it has gone up, the child
+   now below it is the old parent. That is later than d, so d does not go down again. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -1343,8 +1343,9 @@ static bool cmd_dbsize(struct conn *c) {
     return reply_int(c, (int64_t)n);
 }
 
-/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. Their memory is freed
-   afterwards, for that takes long. */
+/* FLUSHALL and FLUSHDB: all keys go at one moment. No shard is unlocked before all are
+   locked, and each is empty when it is unlocked, so nobody sees an old key after an empty
+   shard. The memory is freed afterwards, for that takes long. */
 static bool cmd_flush(struct conn *c) {
     if (c->argc > 1) return fail(c, "ERR syntax error");
     struct table *old = calloc((size_t)opt.shards, sizeof *old);
@@ -1543,7 +1544,8 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = strerror(errno);
-    /* Full: more may be waiting, so make room to take more at a time. */
+    /* The buffer was filled: double it, so that the next read can take more. (receive alone
+       would leave it as it is once its requests have been run.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 

@@ -930,8 +930,8 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. It never goes up and then down:
-   the parents that came down in its place are later than d, and so is all below them. */
+   is later, or further down as long as a child is sooner. If it has gone up, the child
+   now below it is the old parent. That is later than d, so d does not go down again. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -1452,8 +1452,9 @@ static bool cmd_dbsize(struct conn *c) {
     return reply_int(c, (int64_t)n);
 }
 
-/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. Their memory is freed
-   afterwards, for that takes long. */
+/* FLUSHALL and FLUSHDB: all keys go at one moment. No shard is unlocked before all are
+   locked, and each is empty when it is unlocked, so nobody sees an old key after an empty
+   shard. The memory is freed afterwards, for that takes long. */
 static bool cmd_flush(struct conn *c) {
     struct slice record[] = {str("FLUSHALL")};
     if (c->argc > 1) return fail(c, "ERR syntax error");
@@ -1767,7 +1768,8 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* Full: more may be waiting, so make room to take more at a time. */
+    /* The buffer was filled: double it, so that the next read can take more. (receive alone
+       would leave it as it is once its requests have been run.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
@@ -1803,12 +1805,12 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* Who needs descriptors: as many clients as --max-clients says, some MAX_LINGERING
-   threads that are in hang_up (a thread that comes there when there are more does not
-   wait), and 16 for the listener, the file and so on. So kv reserves SPARE_DESCRIPTORS
-   besides those of the clients. (If they run out all the same, accept fails, and the next
-   one waits.) */
-enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = 32 };
+/* Each connection's thread has a descriptor, whether it serves a client or is in hang_up,
+   where it is no client any more. A thread that comes there when there are more than
+   --max-clients + MAX_LINGERING threads in all closes at once. 16 descriptors more are
+   for the listener, the file and so on. (If they run out all the same, accept fails, and
+   the next client waits.) */
+enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = MAX_LINGERING + 16 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
@@ -1955,14 +1957,15 @@ static bool write_rest(int fd, const struct buf *b, size_t *written) {
     return true;
 }
 
-/* Finishes the last batch, if it could not be written in full, else writes the next one.
-   With --fsync always waits for the disk. The writer calls this without the lock. Returns
-   false when writing fails; the next call goes on where it stopped. A failed fsync ends
-   the program: the system may have dropped what it could not write, and then the next
-   fsync would succeed without it. */
+/* Finishes the last batch, if it could not be written in full, else writes the next one,
+   if there is any. With --fsync always waits for the disk. The writer calls this without
+   the lock. Returns false when writing fails; the next call goes on where it stopped. A
+   failed fsync ends the program: the system may have dropped what it could not write, and
+   then the next fsync would succeed without it. */
 static bool write_batch(void) {
     struct buf *b = &aof.batch;
     if (b->len == 0) take_batch();
+    if (b->len == 0) return true;
     bool ok = write_rest(aof.fd, b, &aof.written);
     if (!ok && !aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
     if (!ok) return false;
@@ -2005,16 +2008,14 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is. Returns false when writing fails. If broken is set, aof_commit
-   gives up, and only this function tries again: so here the loop looks at broken only
-   after the first batch. */
+/* Writes all there is. Returns false when writing fails. This also is the next try when
+   broken is set: so it writes one batch in any case, and then goes on as long as it can.
+   */
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    if (aof.safe < end) {
-        do wait_or_write();
-        while (aof.safe < end && !aof.broken);
-    }
+    do wait_or_write();
+    while (aof.safe < end && !aof.broken);
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= end;
 }
