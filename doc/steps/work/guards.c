@@ -1921,6 +1921,7 @@ int main(int argc, char **argv) {
     if (error) die(1, "cannot start a thread: %s", strerror(error));
     say(INFO, "listening on %s", address_of(listener, getsockname).text);
     accept_clients(listener);
+    pthread_join(expiry, NULL);
     say(INFO, "stopped with %ld clients", (long)clients);
-    return 0; /* this ends all threads, whatever they do */
+    return 0; /* this ends the threads of connections, whatever they do */
 }
