@@ -944,8 +944,9 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. If it has gone up, the child
-   now below it is the old parent. That is later than d, so d does not go down again. */
+   is later, or further down as long as a child is sooner. If it has gone up, one child is
+   now the old parent, which is later than d, and the other one was a child of that
+   parent, so it is not sooner. Then d does not go down again. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -1921,28 +1922,29 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* A thread has two ways to wait for input. It can yield and look, again and again: that
-   is cheaper as long as only threads of kv want the processor, for nobody has to be
-   woken. Or it can block: that is better if another program wants it, too. Such a program
-   runs for a whole time slice, some 4000 us, each time that a thread yields; but a thread
-   that has slept and is woken mostly runs before it.
+/* A thread that waits for input can block, or yield and look, again and again. As long as
+   only threads of kv use the processor, it is better to look: nobody has to be woken, and
+   the turns of the others are short. If another program uses it, too, it is better to
+   block. A thread that yields goes to the end of the queue, behind a whole time slice of
+   that program. A thread that blocked and is woken mostly goes to its front.
 
-   yield lets other threads run first, and finds out which of the two it is, from the time
-   that this took. If all were kv's, it took at most TURN_US for each client. If there was
-   another program, it took a slice more. The limit is half a slice more. yield returns
-   true for the first case. In the second it returns false, and so do its next PAUSE calls
-   for this connection, which do not even yield. */
+   sched_yield returns when the threads that were ready on this processor have had a turn.
+   If all were kv's, at most one for each client, that takes some TURN_US for each. If
+   another program was among them, it takes SLICE_US more. The limit is in the middle:
+   with 10 clients it is 250 us + 2000 us. If it took longer, yield returns false, and so
+   do its next PAUSE calls for this connection, which do not even yield. */
 static bool yield(struct conn *c) {
-    enum { TURN_US = 25, HALF_SLICE_US = 2000, PAUSE = 200 };
+    enum { TURN_US = 25, SLICE_US = 4000, PAUSE = 200 };
     if (c->no_yields > 0) {
         c->no_yields--;
         return false;
     }
     int64_t start = monotonic_us();
     sched_yield();
-    bool was_slow = monotonic_us() - start > HALF_SLICE_US + TURN_US * clients;
-    if (was_slow) c->no_yields = PAUSE;
-    return !was_slow;
+    int64_t took = monotonic_us() - start;
+    bool only_kv = took <= clients * TURN_US + SLICE_US / 2;
+    if (!only_kv) c->no_yields = PAUSE;
+    return only_kv;
 }
 
 /* Looks for input up to LOOKS times without blocking, and yields before each look, as
@@ -1987,8 +1989,8 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* The buffer was filled: double it, so that the next read can take more. (receive alone
-       would leave it as it is once its requests have been run.) */
+    /* It was filled, so more may be waiting: double it. Otherwise it would keep its size,
+       for its requests are run before the next read, and then MIN_READ bytes are free. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
@@ -2025,11 +2027,9 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* Each connection's thread has a descriptor, whether it serves a client or is in hang_up,
-   where it is no client any more. A thread that comes there when there are more than
-   --max-clients + MAX_LINGERING threads in all closes at once. 16 descriptors more are
-   for the listener, the file and so on. (If they run out all the same, accept fails, and
-   the next client waits.) */
+/* Descriptors that kv reserves besides one for each client: 16 for threads that wait in
+   hang_up, where they are no clients any more, and 16 for the listener, the file and so
+   on. (If they run out all the same, accept fails, and the next client waits.) */
 enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = MAX_LINGERING + 16 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
@@ -2052,6 +2052,7 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
+    /* threads: of clients and in hang_up. Each has a descriptor. */
     bool may_linger = threads <= opt.max_clients + MAX_LINGERING;
     hang_up(c.fd, may_linger ? 1000 : 0);
     threads--; /* the last thing: main ends the program at 0 */
@@ -2209,7 +2210,8 @@ static void wait_or_write(void) {
     pthread_mutex_unlock(&aof.lock);
     bool ok = write_batch();
     pthread_mutex_lock(&aof.lock);
-    if (ok) aof.safe = aof.batch_end;
+    if (ok)
+        aof.safe = aof.batch_end; /* not less than before, even if nothing was there */
     aof.broken = !ok;
     aof.has_writer = false;
     pthread_cond_broadcast(&aof.done);
@@ -2230,12 +2232,13 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is. Returns false when writing fails. This also is the next try when
-   broken is set: so it writes one batch in any case, and then goes on as long as it can.
-   */
+/* Writes all there is. Returns false when writing fails. */
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
+    /* do, not while: if broken is set, while would end before this tries again. The first
+       try is for the batch that failed, the next ones write what has gathered. No other
+       thread writes meanwhile, for aof_commit gives up as long as broken is set. */
     do wait_or_write();
     while (aof.safe < end && !aof.broken);
     pthread_mutex_unlock(&aof.lock);
@@ -2288,7 +2291,7 @@ static bool is_torn(struct slice file, size_t start) {
 
 /* Returns the checksum line that ends the batch at start. Returns NULL if it is not
    right, or if there is none. c->in is the file itself, mapped read-only: take_array
-   only reads it. */
+   only reads it. If that refuses a record, nobody looks at its reply and c->closing. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2480,8 +2483,10 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* A lock belongs to a file, not to its name. Between open and lock here, another kv
-       may have compacted, locked its new file and closed the old one, which is fd. */
+    /* A lock belongs to a file, not to its name. So this may have happened:
+         this kv opens the file;
+         another kv compacts: it locks a new file, gives it this name, closes the old one;
+         this kv locks the old one, which has no name any more. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
