@@ -13,7 +13,7 @@
 bats_require_minimum_version 1.5.0
 export LC_ALL=C TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
 KV=$(realpath "${KV:-$BATS_TEST_DIRNAME/../../kv}")
-command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=60
+command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=${TIME_LIMIT:-60}
 
 setup() {
     tmp=$BATS_TEST_TMPDIR log=$BATS_TEST_TMPDIR/log pid='' port='' line='' c=''
