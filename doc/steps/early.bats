@@ -51,7 +51,11 @@ stop() { # SIGNAL: sets $status
 
 connect() { exec {c}<>"/dev/tcp/127.0.0.1/$port"; } # sets $c
 
-send() { printf '%b' "$2" >&"$1"; } # FD TEXT: with \n and \xHH
+# Sends all at once, as the shell's own printf does not: it writes line by line.
+send() { # FD TEXT: with \n and \xHH
+    printf '%b' "$2" >"$tmp/packet"
+    cat "$tmp/packet" >&"$1"
+}
 
 take() { timeout "${patience:-20}" head -c "$2" <&"$1"; } # FD N: prints the next N bytes
 
