@@ -29,9 +29,33 @@ tsan: kv-tsan ## build ./kv-tsan, with ThreadSanitizer
 	@./kv-tsan --version >/dev/null 2>&1 || { echo 'ThreadSanitizer cannot place its memory' \
 	    'here, because the kernel randomises addresses too much. Either of these helps:'; \
 	    echo '    sudo sysctl vm.mmap_rnd_bits=28'; \
-	    echo '    KV=./kv-tsan setarch -R ./test.sh'; exit 1; }
+	    echo '    SANITIZER=tsan setarch -R ./test.sh'; exit 1; }
 kv-tsan: kv.c
 	$(CC) $(STRICT) -O1 -g -fno-omit-frame-pointer -fsanitize=thread -o $@ kv.c -pthread
+
+step: ## list the steps of doc/steps; make step STEP=shards builds one, shows what it adds
+	@doc/course step $(STEP)
+kv-step/%: kv-step/%.c
+	$(CC) $(STRICT) $(CFLAGS) $(LDFLAGS) -o $@ $< -pthread
+
+start: ## put into kv-exercise/ what you start from: make start STEP=shards, or EX=rename
+	@doc/course start $(if $(STEP),step $(STEP)) $(if $(EX),exercise $(EX))
+
+check: ## list the exercises; make check EX=rename, or STEP=shards, tests kv-exercise/
+	@doc/course check $(if $(STEP),step $(STEP)) $(if $(EX),exercise $(EX))
+
+course: ## prove steps, exercises and mutants, in 8 minutes
+	@SHORT=1 doc/patches check steps solutions wrong hunts exercises mutants
+
+# All tests at each step, with sanitizers, and twenty times what a race may pass by luck.
+course-release: ## the same with all there is, in hours, before a term
+	SUITE=1 doc/patches check
+	SANITIZER=asan SUITE=1 doc/patches check steps solutions exercises
+	SANITIZER=tsan SUITE=1 doc/patches check steps solutions exercises
+	TIMES=20 doc/patches check solutions wrong hunts
+
+refresh: ## carry the patches of doc/ over a change of kv.c
+	@doc/patches refresh
 
 # Debian's compilers for 64-bit ARM, 32-bit ARM and a big-endian machine; an emulator runs what
 # they build with the libc of each. And musl in place of glibc, for this machine.
@@ -87,20 +111,20 @@ lint: ## check kv.c, the scripts, the references of doc/ and the size budget
 	clang-tidy --quiet --warnings-as-errors='*' --checks='$(TIDY)' kv.c -- $(STRICT)
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 	    --error-exitcode=1 kv.c
-	shellcheck -x test.sh bench.sh $(shell grep -l '^.!.*bash' doc/measure/*) doc/measure/lib.sh doc/solutions/check doc/solutions/*.ba*s* \
+	shellcheck -x test.sh bench.sh $(shell grep -l '^.!.*bash' doc/measure/*) doc/measure/lib.sh doc/course doc/patches doc/patches.bats doc/exercises/*.ba*s* doc/solutions/*.bats $(wildcard doc/steps/*.bats) \
 	    $(addprefix doc/engines/,certificates follow guard man-tables measure to-cluster engines.bats) .ci/run .ci/docrefs .ci/smoke
 	.ci/docrefs
 	.ci/budget
 
 # apt-get as root, or through sudo; brew on macOS. No service is started.
-deps: ## install what the tests need: bats 1.8 or newer, nc, redis-cli
-	@$(call install,bats netcat-openbsd procps redis-tools util-linux,bats-core redis)
+deps: ## install what the tests need: bats 1.8 or newer, nc, patch, redis-cli
+	@$(call install,bats netcat-openbsd patch procps redis-tools util-linux,bats-core redis)
 	@bats --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 8) }' || \
 	    { echo 'bats 1.8 or newer is needed: npm install -g bats'; exit 1; }
 
 deps-all: deps ## and what make lint, make cross, .ci/run and comparisons with Redis need
 	@$(call install,gcc clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
-	    strace redis-server python3-redis prometheus-redis-exporter gnuplot-nox patch \
+	    strace redis-server python3-redis prometheus-redis-exporter gnuplot-nox \
 	    nutcracker haproxy stunnel4 openssl perl \
 	    $(CROSS_DEPS),llvm cppcheck shellcheck cloc)
 	@$(call install,libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev,llvm)
@@ -131,10 +155,12 @@ install: kv ## put kv and its man page below PREFIX, /usr/local if not given
 	install -m 644 doc/kv.1 '$(DESTDIR)$(PREFIX)/share/man/man1/kv.1'
 
 clean: ## remove what was built
-	rm -f kv kv-* *.gcda *.gcno
+	rm -f kv kv-asan kv-tsan kv-aarch64 kv-arm kv-s390x kv-musl kv-gcov $(FUZZERS:%=kv-fuzz-%) *.gcda *.gcno
+	rm -rf kv-step
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do \
-	    printf '%-9s %s\n' "$$t" "$$d"; done
+	    printf '%-14s %s\n' "$$t" "$$d"; done
 
-.PHONY: all run test deps deps-all asan tsan cross fuzz coverage lint format install clean help
+.PHONY: all run test deps deps-all asan tsan cross fuzz coverage lint format install clean help \
+    step start check course course-release refresh

@@ -12,8 +12,7 @@
 #     # options: --aof DIR/aof                                      of kv; DIR: one of its own
 #     # measure: rate p99           rate if not said; avg min p50 p99 max in ms; cpu in s per
 #                                   million requests; rss and virtual, peaks of memory, in MB
-#     # passes: SET|GET             tests that it must pass all the same, as bats -f takes them
-#     # fails: both threads         tests each of which it is meant to fail
+#     # passes, fails: SET|GET      tests; doc/patches check proves them
 #
 # load and first are arguments of redis-benchmark, words without quotes; what follows its options
 # is a command to send instead of a test: -n 100000 -r 100000 SET key:__rand_int__ x EX 60.
@@ -38,7 +37,6 @@ usage() {
                                        rates, fsyncs per write, seconds to replay
 ./bench.sh aof busy                    kv --fsync always beside redis-server, while two processes burn
 ./bench.sh alternatives [NAME]         kv beside what was rejected, doc/alternatives/NAME.patch
-./bench.sh alternatives --check [NAME] does each apply, build, pass and fail its tests?
 ./bench.sh measure                     lists what else the chapters of doc/ measure
 ./bench.sh measure NAME                measures it: doc/measure/NAME
 ./bench.sh measure --check [NAME]      does each still measure what it says? In short
@@ -746,22 +744,15 @@ alternatives() { # [NAME]
         [[ ! ${1:-} ]] || wrong "there is no ${patches[0]}"
         say 'doc/alternatives has no patch.\n' && return
     fi
-    need make patch
-    if ((check)); then need bats; else need redis-benchmark; fi
-    ((check)) || build "$tmp/kv" || die "kv.c: $error"
+    need make patch redis-benchmark
+    build "$tmp/kv" || die "kv.c: $error"
     for patch in "${patches[@]}"; do
         name=${patch##*/} name=${name%.patch}
         say '\n%s, chapter %s\n' "$name" "$(field chapter "$patch")"
         progress "building $name"
-        if ! build "$tmp/$name" "$patch"; then
+        if build "$tmp/$name" "$patch"; then alternative "$name" "$patch"; else
             say '    %s\n' "$error"
             failed=1
-        elif ((check)); then
-            say '    applies and builds\n'
-            check_tests "$name" ok "$(field passes "$patch")" || failed=1
-            check_tests "$name" 'not ok' "$(field fails "$patch")" || failed=1
-        else
-            alternative "$name" "$patch"
         fi
     done
     return "$failed"
@@ -779,20 +770,6 @@ build() { # DIRECTORY [PATCH]
         error="does not apply: $(<"$tmp/out")" && return 1
     fi
     run make -s -C "$1" kv >"$tmp/out" 2>&1 || { error="does not build: $(<"$tmp/out")" && return 1; }
-}
-
-# Whether there are tests of that name, and all of them end so.
-check_tests() { # NAME ok|not\ ok REGEX
-    local number
-    [[ $3 ]] || return 0
-    progress "$1: the tests like $3"
-    KV=$tmp/$1/kv TMPDIR=$tmp run timeout 900 ./test.sh --tap -f "$3" >"$tmp/tap" 2>&1 || true
-    number=$(awk -v word="$2 " '/^1\.\./ {plan = substr($0, 4)}
-        /^(not )?ok / {n++; if (index($0, word) != 1 || / # skip/) bad++}
-        END {print bad || n != plan ? 0 : n + 0}' "$tmp/tap")
-    if ((number)); then say '    %s, as meant: %s (%d)\n' "$2" "$3" "$number" && return; fi
-    say '%s\n    NOT AS MEANT, that is %s: %s\n' "$(<"$tmp/tap")" "$2" "$3"
-    return 1
 }
 
 alternative() { # NAME PATCH
@@ -913,20 +890,18 @@ if [[ ${1:-} = measure ]]; then
     measure "${@:2}"
     exit
 fi
-mode=alone name='' csv='' quick=0 check=0 busy=0
+mode=alone name='' csv='' quick=0 busy=0
 while (($#)); do
     case $1 in
         -h | --help) usage && exit ;;
         --csv) (($# > 1)) || wrong '--csv needs a file' && csv=$(realpath -- "$2") && shift ;;
         --quick) quick=1 ;;
-        --check) check=1 ;;
         compare | aof | alternatives | plot) [[ $mode = alone ]] || wrong "$mode or $1?" && mode=$1 ;;
         busy) [[ $mode = @(compare|aof) ]] || wrong 'busy belongs to compare or aof' && busy=1 ;;
         *) [[ $mode = alternatives && $1 != -* && ! $name ]] || wrong "what is $1?" && name=$1 ;;
     esac
     shift
 done
-[[ $check = 0 || $mode = alternatives ]] || wrong '--check belongs to alternatives'
 for n in "${ROUNDS:-1}" "${SCALE:-1}" "${CONNECTIONS:-1}"; do
     [[ $n =~ ^[1-9][0-9]{0,5}$ ]] || wrong "ROUNDS, SCALE and CONNECTIONS are numbers from 1, not $n"
 done
@@ -948,9 +923,7 @@ if [[ $mode != alternatives && ! ${KV:-} ]]; then
     progress 'make kv'
     run make -s kv >"$tmp/out" 2>&1 || die "make kv: $(<"$tmp/out")"
 fi
-if ((!check)); then
-    say '%s, %d processors: %s\n' "$(uname -sr)" "$(nproc)" \
-        "$(awk -F ': ' '/^model name/ {print $2; exit}' /proc/cpuinfo 2>/dev/null || true)"
-    set_most
-fi
+say '%s, %d processors: %s\n' "$(uname -sr)" "$(nproc)" \
+    "$(awk -F ': ' '/^model name/ {print $2; exit}' /proc/cpuinfo 2>/dev/null || true)"
+set_most
 case $mode in alternatives) alternatives "$name" ;; *) "$mode" ;; esac

@@ -1,31 +1,238 @@
-#!/usr/bin/env bats
+#!/usr/bin/env bash
 # What kv promises, a test for each promise.
 #
 #     ./test.sh                    all of them
 #     ./test.sh -f KEYS            those with KEYS in their name
-#     KV=./kv-asan ./test.sh       on another build
+#     ./test.sh --tap --timing     for programs to read, with times
+#     SANITIZER=asan ./test.sh     on another build, ./kv-asan; or tsan
+#     KV=kv-step/shards ./test.sh  those which a step of doc/steps passes already
 #
 # Each test starts a server of its own on a free port and talks to it over TCP. It needs
-# bash, coreutils, grep, sed and cmp, and nc as OpenBSD has it, which knows -N: half-close at the
-# end of the input. Linux tells how much memory and time a process takes (/proc).
+# bash, coreutils, awk, grep, sed and cmp, and nc as OpenBSD has it, which knows -N: half-close at
+# the end of the input. Linux tells how much memory and time a process takes (/proc).
 #
-# SC2030, SC2031: bats runs each test as a process, so that its variables end with it.
+# The tests have the form of bats, and "bats test.sh" runs them, too. It takes three times as long:
+# bats starts bash anew for each test and looks at every step. Here each test is a fork, and several
+# run at once. Those with the tag "alone" measure time; they come last, one after the other.
+#
+# SC2030, SC2031: each test runs as a process, so that its variables end with it.
 # SC2016: what single quotes keep from expanding is for an inner bash, or goes to kv as it is.
 # SC1003: so is a backslash before a single quote.
-# shellcheck disable=SC2030,SC2031,SC2016,SC1003
+# SC2317: traps call functions, too.
+# shellcheck disable=SC2030,SC2031,SC2016,SC1003,SC2317
+
+# --- running the tests --------------------------------------------------------------------
+
+main() { # OPTION...: some of those that bats has
+    local options=("$@") name_filter='' tag_filters=() tap='' timing='' jobs
+    local functions=() names=() together=() apart=()
+    local -A unreached=()
+    jobs=$(($(getconf _NPROCESSORS_ONLN) + 2))
+    if [[ ! -t 0 || ! -t 1 || ${CI:-} ]]; then tap=1; fi
+    while (($#)); do
+        case $1 in
+            -f | --filter) name_filter=$2 && shift ;;
+            --filter-tags) tag_filters+=("$2") && shift ;;
+            -j | --jobs) jobs=$2 && shift ;;
+            -p | --pretty) tap='' ;;
+            -t | --tap) tap=1 ;;
+            -T | --timing) timing=1 ;;
+            *) exec bats "${options[@]}" "$0" ;;
+        esac
+        shift
+    done
+    BATS_TEST_DIRNAME=$(dirname "$(realpath "$0")")
+    bats_require_minimum_version() { :; }
+    skip() { # REASON
+        skip_reason=$1 BATS_TEST_COMPLETED=1
+        exit
+    }
+    # shellcheck disable=SC1090  # it is this file
+    source <(with_functions "$0")
+    run_tests
+}
+
+# Prints the file with a function test_LINE in place of each test, and a list of them at the end.
+with_functions() { # FILE
+    awk -v quote="'\\\\\\\\''" '
+        /^# bats test_tags=/ { tags = substr($0, index($0, "=") + 1) }
+        !/^@test ".*" [{]$/ { print; next }
+        {
+            print "test_" NR "() {"
+            name = written = substr($0, 8, length($0) - 10)
+            gsub(/\047/, quote, written)
+            list = list sprintf("add_test test_%d \047%s\047 \"%s\" \047%s\047\n", NR, tags, name, written)
+            tags = ""
+        }
+        END { printf "%s", list }' "$1"
+}
+
+add_test() { # FUNCTION TAGS NAME NAME-AS-WRITTEN: to those to run, if it is one of them
+    local filter from chosen=''
+    if [[ $name_filter && ! $4 =~ $name_filter ]]; then return; fi
+    if [[ $step ]]; then
+        from=$(step_of "$2")
+        if [[ " $reached " != *" $from "* ]]; then unreached[$from]=$((${unreached[$from]:-0} + 1)) && return; fi
+    fi
+    for filter in "${tag_filters[@]}"; do if has_tags "$2" "$filter"; then chosen=1; fi; done
+    if [[ ! $chosen && ${#tag_filters[@]} != 0 ]]; then return; fi
+    if has_tags "$2" alone; then apart+=("${#names[@]}"); else together+=("${#names[@]}"); fi
+    functions+=("$1") names+=("$3")
+}
+
+has_tags() { # TAGS FILTER: whether those of the filter are among them, and those with a ! are not
+    local tag all=,${1// /},
+    for tag in ${2//,/ }; do
+        if [[ $tag = !* && $all = *,${tag#!},* || $tag != !* && $all != *,$tag,* ]]; then return 1; fi
+    done
+}
+
+# The first step at which a test passes: a test without such a tag passes with kv alone.
+step_of() { # TAGS
+    local tag from=kv
+    for tag in ${1//,/ }; do if [[ -e $BATS_TEST_DIRNAME/doc/steps/$tag.patch ]]; then from=$tag; fi; done
+    echo "$from"
+}
+
+# In one line: which tests are not run, as the step does not pass them yet.
+name_unreached() {
+    local from all=0 list=''
+    for from in "${!unreached[@]}"; do all=$((all + unreached[$from])) list+=", ${unreached[$from]} from $from"; done
+    if ((all)); then echo "# $step does not reach $all tests yet: ${list:2}"; fi
+}
+
+run_tests() {
+    local n pids=() begun=() limit=${BATS_TEST_TIMEOUT:-$time_limit} printed=0 failures=0 skipped=0
+    BATS_RUN_TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/kv-test-XXXXXX")
+    trap 'rm -rf "$BATS_RUN_TMPDIR"' EXIT
+    trap 'end_all; exit 130' HUP INT TERM
+    mkfifo "$BATS_RUN_TMPDIR/ended"
+    exec 3>&1 4<>"$BATS_RUN_TMPDIR/ended"
+    setup_file || exit 1
+    if [[ $tap ]]; then echo "1..${#names[@]}"; fi
+    for n in "${together[@]}"; do
+        until ((${#pids[@]} < jobs)); do collect_test; done
+        start_test "$n"
+    done
+    for n in "${apart[@]}"; do
+        while ((${#pids[@]})); do collect_test; done
+        start_test "$n"
+    done
+    while ((${#pids[@]})); do collect_test; done
+    name_unreached
+    if [[ ! $tap ]]; then printf '\n%d tests, %d failures, %d skipped\n' "$printed" "$failures" "$skipped"; fi
+    exit $((failures > 0))
+}
+
+# Each test is a process group, so that it can be ended with all that it has started.
+start_test() { # NUMBER
+    set -m
+    (run_test "$1") >"$BATS_RUN_TMPDIR/$1.out" 2>&1 </dev/null &
+    pids[$1]=$! begun[$1]=${EPOCHREALTIME/./}
+    set +m
+}
+
+end_all() {
+    local n
+    exec 2>/dev/null
+    for n in "${!pids[@]}"; do kill -9 -- "-${pids[n]}"; done
+    wait
+}
+
+# Waits until a test ends, and prints how.
+collect_test() {
+    local n='' ms code=0 how='' mark='✓' color=''
+    until read -r -t 1 -u 4 n && [[ ${pids[n]:-} ]]; do
+        for n in "${!pids[@]}"; do # does one take too long, or has it vanished?
+            ms=$(((${EPOCHREALTIME/./} - begun[n]) / 1000))
+            if ((ms > limit * 1000)); then how=" # timeout after ${limit}s"; fi
+            if [[ $how ]] || ! kill -0 "${pids[n]}" 2>/dev/null; then break 2; fi
+        done
+    done
+    if [[ $how ]]; then kill -9 -- "-${pids[n]}"; fi
+    wait "${pids[n]}" 2>/dev/null || code=$?
+    ms=$(((${EPOCHREALTIME/./} - begun[n]) / 1000))
+    unset "pids[n]"
+    printed=$((printed + 1))
+    if ((code == 77)); then skipped=$((skipped + 1)) mark=- code=0 how=" # skip $(<"$BATS_RUN_TMPDIR/$n.how")"; fi
+    if ((code)); then failures=$((failures + 1)) mark='✗' color=$'\e[31m'; fi
+    if [[ $timing ]]; then how=" in ${ms}ms$how"; fi
+    if [[ $tap ]]; then
+        echo "$( ((code == 0)) || echo 'not ')ok $printed ${names[n]}$how"
+    else echo "$color $mark ${names[n]}$how"; fi
+    if ((code)); then
+        cat "$BATS_RUN_TMPDIR/$n".{how,out} 2>/dev/null | sed 's/^/# /'
+        if [[ ! $tap ]]; then printf '\e[0m'; fi
+    fi
+    rm -rf "${BATS_RUN_TMPDIR:?}/$n" "$BATS_RUN_TMPDIR/$n".{how,out}
+}
+
+# The process of a test: its status says how it ended.
+run_test() { # NUMBER
+    SECONDS=0 failed_at=() skip_reason='' BATS_TEST_COMPLETED='' test_process=$BASHPID
+    test_number=$1 # where a test fails, $1 is another in the trap
+    BATS_TEST_TMPDIR=$BATS_RUN_TMPDIR/$1
+    mkdir "$BATS_TEST_TMPDIR"
+    trap - HUP INT TERM
+    trap 'end_test "$test_number"' EXIT
+    trap note_failure ERR
+    set -eE
+    setup
+    "${functions[$1]}"
+    BATS_TEST_COMPLETED=1
+}
+
+note_failure() { # keeps the lines that led to it
+    local i
+    if [[ $BASHPID != "$test_process" ]]; then return; fi
+    failed_at=()
+    for ((i = 1; i < ${#FUNCNAME[@]}; i++)); do
+        failed_at+=("${BASH_LINENO[i - 1]}")
+        if [[ ${FUNCNAME[i]} = test_* || ${FUNCNAME[i]} = setup ]]; then break; fi
+    done
+}
+
+end_test() { # NUMBER
+    local code=0 line
+    trap - ERR EXIT
+    set +e
+    teardown || code=1
+    if [[ ! $BATS_TEST_COMPLETED ]]; then code=1; elif [[ $skip_reason && $code = 0 ]]; then code=77; fi
+    if ((code == 77)); then echo "$skip_reason"; else
+        for line in "${failed_at[@]}"; do
+            echo "line $line: $(sed -n "$line { s/^ *//; p; }" "$0")"
+        done
+    fi >"$BATS_TEST_TMPDIR.how"
+    echo "$1" >&4
+    exit "$code"
+}
+
+if [[ $0 = "${BASH_SOURCE[0]}" ]]; then main "$@"; fi
+
+# --- what differs from build to build ------------------------------------------------------
 
 bats_require_minimum_version 1.5.0
 export LC_ALL=C # bytes are bytes
-KV=$(realpath "${KV:-$BATS_TEST_DIRNAME/kv}")
+KV=$(realpath "${KV:-$BATS_TEST_DIRNAME/kv${SANITIZER:+-$SANITIZER}}")
+
+# A step of doc/steps: $reached has the tags of the tests that pass there.
+step=${STEP:-} reached=''
+if [[ $KV = */kv-step/* ]]; then step=${KV##*/}; fi
+if [[ $step ]]; then
+    reached=$(sed -n 's/^# passes: //p' "$BATS_TEST_DIRNAME/doc/steps/$step.patch")
+    reached=${reached//,/ }
+fi
 
 # Sanitizers cost time, and memory that says nothing about kv. ThreadSanitizer gives up when
 # one thread holds 64 locks, and at some 8,000 threads; what others do with a number of keys is
 # done there with a part of them. LeakSanitizer needs seconds to end after 10,000 threads.
-sanitized='' connections=10000 for_all=() time_limit=60 part=1
-case ${KV##*/} in
-    *tsan*) sanitized=tsan connections=2000 for_all=(-s 32) time_limit=120 part=5 ;;
-    *asan*) sanitized=asan connections=5000 time_limit=120 ;;
+sanitized=${SANITIZER:-} connections=10000 for_all=() time_limit=120 part=1
+case $sanitized in
+    tsan) connections=2000 for_all=(-s 32) time_limit=240 part=5 ;;
+    asan) connections=5000 time_limit=240 ;;
 esac
+if [[ $step && " $reached " != *' shards '* ]]; then for_all=(); fi # it knows no -s yet
+time_limit=${TIME_LIMIT:-$time_limit}
 # That kv ends in a hurry, with a thread not joined, is what a second signal asks for.
 export TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
 

@@ -1,5 +1,10 @@
 #!/usr/bin/env bats
-# What the solution setex.patch promises: SETEX, PSETEX and SETNX. doc/solutions/check runs this.
+# chapter: 8
+# concept: a row of the table is a command
+# level: 1
+# lines: 21
+# minutes: 30
+# task: Build SETEX key s value, PSETEX key ms value and SETNX key value, with the replies and errors of Redis 7.
 #
 # SC2030, SC2031: bats runs each test as a process. SC2154: common.bash sets it.
 # shellcheck disable=SC2030,SC2031,SC2154
@@ -13,7 +18,8 @@ load common
         resp PSETEX a 100400 2 && resp TTL a && resp SETNX a 3 && resp GET a && resp TTL a
         resp SETNX b 4 && resp GET b && resp TTL b && resp PSETEX b 1 5
     } | nc -N 127.0.0.1 "$port" | is $'+OK\r' $':100\r' $'$1\r' $'1\r' $'+OK\r' $'$0\r' $'\r' $':5\r' \
-        $'+OK\r' $':100\r' $':0\r' $'$1\r' $'2\r' $':100\r' $':1\r' $'$1\r' $'4\r' $':-1\r' $'+OK\r'
+        $'+OK\r' $':100\r' $':0\r' $'$1\r' $'2\r' $':100\r' $':1\r' $'$1\r' $'4\r' $':-1\r' $'+OK\r' ||
+        because 'a value, a deadline or a reply is another one than that of Redis'
     wait_until key_is b '(nil)'
     ask 'SETNX b 6' 'SETEX b 100 7' 'GET b' | is 1 OK 7
     loads_the_same 'GET a' 'GET b' DBSIZE
@@ -38,6 +44,6 @@ key_is() { [[ $(ask "GET $1") = "$2" ]]; } # KEY REPLY
         'SETNX a' "ERR wrong number of arguments for 'setnx' command: SETNX key value"
         'SETNX a 2 3' "ERR wrong number of arguments for 'setnx' command: SETNX key value"
     )
-    each_is_wrong "${wrong[@]}"
+    each_is_wrong "${wrong[@]}" || because 'a wrong request got another reply than its error'
     ask 'GET a' 'TTL a' DBSIZE | is 1 -1 1
 }

@@ -1,5 +1,10 @@
 #!/usr/bin/env bats
-# What the solution append.patch promises. doc/solutions/check builds it and runs this.
+# chapter: 8
+# concept: a command that changes a value
+# level: 2
+# lines: 15
+# minutes: 45
+# task: Build APPEND key value: it adds to the end of a value, or makes the key, keeps the deadline, and replies the new length. A value longer than --max-request gets an error and stays as it is.
 #
 # SC2016: a sed program. SC2030, SC2031: bats runs each test as a process. SC2154: common.bash sets it.
 # shellcheck disable=SC2016,SC2030,SC2031,SC2154
@@ -10,7 +15,7 @@ load common
     cd "$BATS_TEST_DIRNAME"
     sed -n '/^ *```c$/,/^ *```$/ { /```/d; s/^   {/    {/; s/^    "/     "/; p; }' ../08-commands.md >"$tmp/shown"
     (($(wc -l <"$tmp/shown") > 10))
-    sed -n 's/^+//p' append.patch >"$tmp/patch"
+    sed -n 's/^+//p' ../solutions/append.patch >"$tmp/patch"
     grep -vxFf "$tmp/patch" "$tmp/shown" >"$tmp/other" || true
     [[ ! -s $tmp/other ]] || { cat "$tmp/other" && return 1; }
 }
@@ -19,7 +24,8 @@ load common
     start_kv
     ask 'APPEND a hello' 'APPEND a ""' 'APPEND a " world"' 'GET a' 'TTL a' | is 5 5 11 'hello world' -1
     ask 'APPEND empty ""' 'EXISTS empty' 'GET empty' | is 0 1 '""'
-    ask 'EXPIRE a 1000' 'APPEND a "\x00\r\n"' 'GET a' 'TTL a' | is 1 14 '"hello world\x00\r\n"' 1000
+    ask 'EXPIRE a 1000' 'APPEND a "\x00\r\n"' 'GET a' 'TTL a' | is 1 14 '"hello world\x00\r\n"' 1000 ||
+        because 'APPEND adds bytes and changes nothing else: is the deadline still there?'
     ask 'SET n 1' 'APPEND n 0' 'INCR n' 'APPEND gone 1' 'PEXPIREAT gone 1' 'APPEND gone 2' | is OK 2 11 1 1 1
     { resp APPEND a more && resp APPEND a && resp APPEND a b c; } | nc -N 127.0.0.1 "$port" | is $':18\r' \
         $'-ERR wrong number of arguments for \'append\' command: APPEND key value\r' \
@@ -41,6 +47,7 @@ load common
 @test "a value that APPEND would make longer than --max-request stays as it is" {
     start_kv --max-request 1024
     ask "APPEND a $(x 1000)" "APPEND a $(x 24)" 'APPEND a 1' | is 1000 1024 \
-        '(error) ERR string exceeds maximum allowed size (--max-request)'
+        '(error) ERR string exceeds maximum allowed size (--max-request)' ||
+        because 'APPEND made a value longer than --max-request, or another reply than the error.'
     ask 'GET a' | is "$(x 1024)"
 }
