@@ -148,11 +148,11 @@ collect_test() {
 
 # The process of a test: its status says how it ended.
 run_test() { # NUMBER
-    SECONDS=0 failed_at=() skip_reason='' BATS_TEST_COMPLETED='' test_process=$BASHPID
+    SECONDS=0 failed_at=() skip_reason='' BATS_TEST_COMPLETED='' test_number=$1 test_process=$BASHPID
     BATS_TEST_TMPDIR=$BATS_RUN_TMPDIR/$1
     mkdir "$BATS_TEST_TMPDIR"
     trap - HUP INT TERM
-    trap 'end_test "$1"' EXIT
+    trap end_test EXIT
     trap note_failure ERR
     set -eE
     setup
@@ -170,7 +170,7 @@ note_failure() { # keeps the lines that led to it
     done
 }
 
-end_test() { # NUMBER
+end_test() {
     local code=0 line
     trap - ERR EXIT
     set +e
@@ -181,7 +181,7 @@ end_test() { # NUMBER
             echo "line $line: $(sed -n "$line { s/^ *//; p; }" "$0")"
         done
     fi >"$BATS_TEST_TMPDIR.how"
-    echo "$1" >&4
+    echo "$test_number" >&4
     exit "$code"
 }
 
@@ -307,7 +307,18 @@ talk() { nc -N -w 60 127.0.0.1 "$port"; }
 ask() { printf '%s\n' "$@" | talk; } # LINE...
 
 is() { # LINE...: whether the input is these lines, to the byte
-    if (($#)); then diff -a <(printf '%s\n' "$@") -; else cmp - /dev/null; fi
+    local want='' got nul=''
+    if (($#)); then printf -v want '%s\n' "$@"; fi
+    if ((${#want} > 2000)); then
+        diff -a <(printf %s "$want") -
+        return
+    fi
+    if IFS= read -r -d '' got; then nul='a NUL byte, and '; fi
+    if [[ $nul || $got != "$want" ]]; then
+        echo "$nul<: expected, >: received"
+        diff -a <(printf %s "$want") <(printf %s "$got" && cat)
+        return 1
+    fi
 }
 
 is_like() { # REGEX...: whether the input has one line for each, and they match
@@ -348,6 +359,11 @@ receive() { IFS= read -r -t 20 -u "$1" line; } # FD: sets $line to the next line
 answers() { # FD REQUEST REPLY
     send "$1" "$2" && receive "$1"
     [[ $line == "$3" ]] || { echo "$2: expected $3, not $line" && return 1; }
+}
+
+next_is() { # FD LINE
+    receive "$1"
+    [[ $line == "$2" ]] || { echo "expected $2, not $line" && return 1; }
 }
 
 closed() { # FD: whether the server closes it, without another byte
@@ -392,7 +408,11 @@ deadlines_are() { # COUNT: so many keys have one
 }
 
 # How many are connected: all sockets but the listener's.
-clients() { echo $(($(find "/proc/$pid/fd" -lname 'socket:*' 2>/dev/null | wc -l) - 1)); }
+clients() {
+    local fd n=-1
+    for fd in "/proc/$pid/fd"/*; do if [[ -S $fd ]]; then n=$((n + 1)); fi; done
+    echo "$n"
+}
 
 clients_are() { (($(clients) == $1)); } # COUNT
 
@@ -436,7 +456,13 @@ refuses() { # STATUS REGEX ARGUMENT...
     fi
 }
 
-x() { head -c "$1" /dev/zero | tr '\0' x; } # N: prints that many x
+x() { # N: prints that many x
+    local blanks
+    if (($1 > 5000)); then head -c "$1" /dev/zero | tr '\0' x; else
+        printf -v blanks '%*s' "$1" ''
+        printf %s "${blanks// /x}"
+    fi
+}
 
 # A loop in a test is slow, for bats looks at each step. Only for subshells.
 quickly() { trap - DEBUG && "$@"; }
@@ -683,7 +709,7 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
             wait_until clients_are 0
             if [[ $request = PING ]]; then for i in {1..10}; do connect && answers "$c" PING PONG; done; fi
             begin=$(now_ms)
-            (quickly strangers 1000 "$request")
+            (quickly strangers 300 "$request")
             most=$((($(now_ms) - begin) / 1000 + 2)) logged=$(grep -c WARN "$log")
             echo "$start, $request: $logged lines, at most $most are right"
             ((logged >= 1 && logged <= most))
@@ -1088,11 +1114,14 @@ keepalive() { # OPTION FILE
     sed -n "s/.* $1, \[\([0-9]*\)\], 4) = 0\$/\1/p" "$tmp/trace" | grep . || cat "/proc/sys/net/ipv4/$2"
 }
 
+# As a grandchild, so that kv is a child of the test; stopping kv only for the calls in question.
+strace=(strace -D -f --seccomp-bpf)
+
 # Like start_kv; what it asks of the kernel is in $tmp/trace after end_trace.
 start_traced_kv() { # SYSCALL OPTION...
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
-    leash+=(strace -D -f -e "trace=$1" -o "$tmp/trace")
+    leash+=("${strace[@]}" -o "$tmp/trace" -e "trace=$1")
     start_kv "${@:2}"
 }
 
@@ -1565,6 +1594,7 @@ deadlines() {
     (($(cpu_ticks) - before <= (${#sanitized} ? 20 : 4)))
 }
 
+# bats test_tags=alone
 @test "100,000 keys that expire in one second do not hold up another client" {
     start_idle_kv
     start_kv -s 1
@@ -2030,14 +2060,15 @@ one_by_one() { # COUNT: each asks, quits, and waits for the end of its connectio
 }
 
 # Here the thread that learns of the end and the one that accepts the next client begin at the same
-# moment. Which is first is chance, so somebody may be refused; but not one in ten.
+# moment. Which is first is chance, so somebody may be refused; but not most.
+# bats test_tags=alone
 @test "at the limit (-c 1) of 3,000 clients that come one after the other, and leave without a word, few are refused" {
     start_kv -c 1
     wait_until clients_are 0
     for try in 1 2 3; do
         refused=$(quickly hurried 3000 2>/dev/null | grep -c 'max number of clients' || true)
         echo "try $try: $refused of 3000 were refused"
-        if ((refused < (${#sanitized} ? 1000 : 300))); then return 0; fi
+        if ((refused < 1500)); then return 0; fi
     done
     false
 }
@@ -2200,13 +2231,18 @@ stop_with_queue() { # COUNT [FILE]
     done
 }
 
+# Goes on sending this line, 20 at once, as long as it can. No faster than a busy machine lets the
+# replies be read, for what they have not taken when the server is gone is lost.
+steady='printf -v lines "$2\n%.0s" {1..20}
+    while printf %s "$lines" >&"$1"; do sleep 0.002; done'
+
 @test "what is run is answered, also to a client that goes on sending and reading after SIGTERM" {
     for round in 1 2; do
         rm -f "$tmp/aof" "$tmp"/replies.*
         start_aof
         connect
         stream=$c
-        background bash -c 'exec yes "INCR 0" >&"$1"' - "$stream" 2>/dev/null
+        background bash -c "$steady" - "$stream" 'INCR 0' 2>/dev/null
         background bash -c 'exec cat <&"$1"' - "$stream" >"$tmp/replies.0" 2>/dev/null
         readers=("${helpers[-1]}")
         for i in 1 2 3 4; do # these wait for each reply
@@ -2252,7 +2288,7 @@ set_to_work() {
     patience=5 wait_until at_work || true
 }
 
-at_work() { (($(cpu_ticks) > before + 30)); }
+at_work() { (($(cpu_ticks) > before + 10)); }
 
 # A list that says how many there are is believed.
 @test "KEYS that SIGTERM cuts short does not pass for the full list" {
@@ -2500,16 +2536,17 @@ alike_requests() { # keys grow
     connect
     resp SET key $'a\r\nb $1 *1' >"$tmp/request"
     resp GET key >>"$tmp/request"
-    size=$(wc -c <"$tmp/request")
-    for ((i = 0; i < size; i++)); do
-        dd if="$tmp/request" bs=1 skip="$i" count=1 status=none >&"$c"
+    IFS= read -r -d '' request <"$tmp/request" || true
+    for ((i = 0; i < ${#request}; i++)); do
+        printf %s "${request:i:1}" >&"$c"
+        sleep 0.002
     done
-    timeout 20 head -n 4 <&"$c" | is $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'
-    for ((i = 1; i < size; i += 3)); do
-        head -c "$i" "$tmp/request" >&"$c"
+    for line in $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'; do next_is "$c" "$line"; done
+    for ((i = 1; i < ${#request}; i += 3)); do
+        send_packet "$c" %s "${request:0:i}"
         wait_until takes_input
-        tail -c "+$((i + 1))" "$tmp/request" >&"$c"
-        timeout 20 head -n 4 <&"$c" | is $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'
+        send_packet "$c" %s "${request:i}"
+        for line in $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'; do next_is "$c" "$line"; done
     done
 }
 
@@ -2589,8 +2626,10 @@ takes_input() {
     command -v redis-benchmark || skip "redis-benchmark is missing: make deps installs it"
     start_kv
     # It takes its time to connect: 64 every 50 ms. CI asks for 10,000 once.
-    for options in '-t set,get,incr -n 100000 -c 50 -P 16 -r 100000' \
-        "-t set -n 20000 -c ${CONNECTIONS:-500}" '-t set,get -n 20000 -c 50 --threads 2'; do
+    many=${CONNECTIONS:-500}
+    for options in '-t set,get,incr -n 20000 -c 50 -P 16 -r 100000' \
+        "-t set -n $((many * 10)) -c $many" \
+        '-t set,get -n 5000 -c 50 --threads 2'; do
         read -r -a words <<<"$options"
         timeout 50 redis-benchmark -p "$port" -q "${words[@]}" >"$tmp/out" 2>&1
         tr '\r' '\n' <"$tmp/out" | grep -q 'requests per second'
@@ -3526,7 +3565,7 @@ fi
         for key in {0..5}; do echo "$i:$key"; done
     done >"$tmp/keys"
     policies=(always everysec no) unfinished=0
-    kills=10 && if [[ $sanitized = tsan ]]; then kills=4; fi
+    kills=6 && if [[ $sanitized = tsan ]]; then kills=4; fi
     for ((kill = 0; kill < ${KILLS:-$kills}; kill++)); do
         if ((kill % 6 == 0)); then rm -f "$tmp/aof" && : >"$tmp/state"; fi
         start_aof --fsync "${policies[kill % 3]}"
@@ -3775,15 +3814,16 @@ abc() { ask 'GET a' 'GET b' 'GET c' DBSIZE; }
 }
 
 check_cuts() { # FILE...
-    local file i warned
+    local file i warned text
     for file; do
         for ((i = 0; ${file##*.} >= ends[i + 1] && i < 6; i++)); do :; done
-        warned=$(grep -c "WARN .*byte ${ends[i]}\b" "$file.log" || true)
+        text=$(<"$file.log") warned=0
+        if [[ $text =~ WARN\ .*byte\ ${ends[i]}[^0-9] ]]; then warned=1; fi
+        ((warned == (${file##*.} > ends[i]))) || { echo "$file: $text" && return 1; }
         turn_to "$file"
-        cmp "$file" <(head -c "${ends[i]}" "$tmp/aof") || return 1
-        [[ $(abc) = "${values[i]}" && $warned = $((${file##*.} > ends[i])) ]] ||
-            { echo "$file, after batch $i: $(abc)" && cat "$file.log" && return 1; }
-        ask 'INCR new' | is 1 || return 1
+        cmp -n "${ends[i]}" "$file" "$tmp/aof" || return 1
+        (($(stat -c %s "$file") == ends[i])) || { ls -l "$file" && return 1; }
+        ask 'GET a' 'GET b' 'GET c' DBSIZE 'INCR new' | is "${values[i]}" 1 || return 1
     done
 }
 
@@ -3858,15 +3898,16 @@ flips() { # FIRST
     local at i code file=$tmp/flipped.$1 text
     for ((at = $1; at < ends[6] - 23; at += 4)); do
         flip "$at" >"$file"
+        cp "$file" "$file.copy"
         code=0
-        timeout 20 "$KV" -p 0 -s 4 --aof "$file" 2>"$tmp/stderr.$1" || code=$?
+        "$KV" -p 0 -s 4 --aof "$file" 2>"$tmp/stderr.$1" || code=$?
         text=$(<"$tmp/stderr.$1")
         for ((i = 6; i > 0 && at < ends[i - 1]; i--)); do :; done # it is in batch i
-        if [[ $code != 1 || $(wc -l <<<"$text") != 1 ]] || ! tells_of_flip; then
+        if [[ $code != 1 || $text = *$'\n'* ]] || ! tells_of_flip; then
             echo "byte $at of batch $i: status $code, $text"
             return 1
         fi
-        cmp "$file" <(flip "$at") || return 1
+        cmp "$file" "$file.copy" || return 1
     done
 }
 
@@ -3878,7 +3919,7 @@ tells_of_flip() { # looks at what flips has set
 
 # Whether a line says where the damage is, how to cut it off, and how much that would lose.
 names_damage() { # LINE OFFSET FILE
-    local lost=$(($(size_of "$3") - $2))
+    local lost=$((ends[6] - $2)) # of the $ends of six_batches
     [[ $1 =~ ERROR\ .*\ byte\ ${2}[^0-9] && $1 =~ truncate\ -s\ ${2}\ .*${3} &&
         $1 =~ [^0-9]${lost}\ bytes ]]
 }
@@ -4341,7 +4382,7 @@ last_is_there() { [[ $(redis-cli -p "$second" GET last) = 1 ]]; }
 trace_kv() { # STRACE-OPTION...
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
-    leash+=(strace -D -f -o "$tmp/trace" "$@")
+    leash+=("${strace[@]}" -o "$tmp/trace" "$@")
 }
 
 # With this many connections and no pipelining an fsync should serve some thirty writes.
@@ -4392,7 +4433,7 @@ synced_first='
     start_aof
     ask 'SET a 1' | is OK
     # The second server has opened the file, and waits a moment before it asks for the lock.
-    "${leash[@]}" strace -D -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=700000 \
+    "${leash[@]}" "${strace[@]}" -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=700000 \
         "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>"$tmp/second" 3>&- 4>&- &
     second=$!
     helpers+=("$second")
@@ -4443,7 +4484,7 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
 }
 
 @test "no reply reveals what a crash could undo: while an fsync lasts, who looks at that key waits" {
-    trace_kv -e trace=fsync,fdatasync -e inject=fsync,fdatasync:delay_enter=1000000:when=5+
+    trace_kv -e trace=fsync,fdatasync -e inject=fsync,fdatasync:delay_enter=2000000:when=5+
     start_aof --fsync always -s 4096 # so that hardly any two keys share a shard
     connect
     writer=$c
@@ -4472,10 +4513,10 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
         receive "${waiting[4]}" && [[ $line = '(1 key)' ]]
         receive "$writer" && [[ $line = "$try" ]]
         lasted=$(($(now_ms) - start))
-        if ((took < 950 && lasted >= 990)); then break; fi
+        if ((took < 1900 && lasted >= 1990)); then break; fi
     done
     echo "descriptors $early had a reply after $took ms, all after $lasted"
-    [[ ! $early ]] && ((took < 950 && lasted >= 990))
+    [[ ! $early ]] && ((took < 1900 && lasted >= 1990))
 }
 
 larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
@@ -4654,14 +4695,15 @@ all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/
     ask 'GET a' 'GET b' DBSIZE | is 1 20 3
 }
 
-# Makes a file of 4 million records, 140 MB, which takes a while to read: one batch many times.
-long_file() {
+# Makes a file of 100,000 records, 3.5 MB, so many times: one batch again and again. It takes a
+# while to read.
+long_file() { # TIMES
     start_aof --fsync no
     seq -f 'SET k%.0f value' 1000 | talk | uniq -c | is_like ' *1000 OK'
     stop_kv
     tail -n +2 "$tmp/aof" >"$tmp/thousand"
     for i in {1..100}; do cat "$tmp/thousand"; done >"$tmp/many"
-    for ((i = 0; i < (${#sanitized} ? 4 : 40); i++)); do cat "$tmp/many"; done >>"$tmp/aof"
+    for ((i = 0; i < (${#sanitized} ? 4 : $1); i++)); do cat "$tmp/many"; done >>"$tmp/aof"
     rm "$tmp/many"
 }
 
@@ -4687,7 +4729,7 @@ takes_time() { # PID: it has had the processor for 30 ms
 }
 
 @test "a start of more than a second shows its progress" {
-    long_file
+    long_file 10
     start_reading
     kill -STOP "$pid"
     sleep 1
@@ -4698,7 +4740,7 @@ takes_time() { # PID: it has had the processor for 30 ms
 }
 
 @test "SIGTERM and SIGHUP while the file is read end the server at once, also as process 1, and the file is untouched" {
-    long_file
+    long_file 20
     before=$(stat -c '%s bytes, last changed %y' "$tmp/aof")
     for signal in TERM HUP; do
         start_reading
@@ -4731,7 +4773,7 @@ ended_in_peace() { # long before the whole file was read
 @test "a client that goes on sending while the server stops has an answer to all that is in the file" {
     start_aof
     connect
-    background bash -c 'exec yes "INCR n" >&"$1" 2>/dev/null' - "$c"
+    background bash -c "$steady" - "$c" 'INCR n' 2>/dev/null
     background bash -c 'exec timeout 20 cat <&"$1" >"$2"' - "$c" "$tmp/answers"
     wait_until [ -s "$tmp/answers" ]
     stop_kv
@@ -5071,7 +5113,7 @@ old_or_new() { # counts them in $olds and $news
     old_or_new
     ((news == 1))
     echo "a compaction takes $lasts ms"
-    kills=30 && if [[ $sanitized ]]; then kills=8; fi
+    kills=15 && if [[ $sanitized ]]; then kills=8; fi
     leftovers=0
     for ((kill = 0; kill < kills; kill++)); do
         ms=$((RANDOM % (lasts + 1)))
@@ -5193,7 +5235,7 @@ old_or_new() { # counts them in $olds and $news
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
     file_to_compact
-    "${leash[@]}" strace -D -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=3000000 \
+    "${leash[@]}" "${strace[@]}" -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=3000000 \
         "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>"$tmp/second" 3>&- 4>&- &
     second=$!
     helpers+=("$second")
@@ -5272,6 +5314,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
     ((us > 300 && us < took * 1000 + 1000))
 }
 
+# bats test_tags=alone
 @test "globs that explode a backtracking matcher answer within milliseconds" {
     start_kv
     connect
@@ -5286,6 +5329,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
     done
 }
 
+# bats test_tags=alone
 @test "keys that collide under FNV-1a, the hash of many servers, slow nothing" {
     start_kv
     # Each of 14 blocks is taken from the one or from the other; see doc/measure/collide.c.
@@ -5318,6 +5362,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
 }
 
 # KEYS locks one shard at a time. With -s 1 it would hold up everybody.
+# bats test_tags=alone
 @test "KEYS over a million keys does not hold up another client" {
     start_idle_kv
     start_kv
@@ -5339,6 +5384,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
     false
 }
 
+# bats test_tags=alone
 @test "a megabyte of control bytes that is read in text does not hold up its shard" {
     start_idle_kv
     start_kv -s 1
@@ -5449,11 +5495,11 @@ all_are_served_or_wait() { # of 45 clients with 40 descriptors
 @test "when accept fails (ENFILE, EMFILE, ENOMEM) the server lives, and serves who comes or waits" {
     plain=("${leash[@]}")
     for error in ENFILE EMFILE ENOMEM; do
-        for count in 1 20; do
+        for count in 1 12; do
             trace_kv -e trace=accept,accept4 -e "inject=accept,accept4:error=$error:when=1..$count"
             start_kv
             open=$(descriptors)
-            for i in {1..21}; do ask PING; done | uniq >"$tmp/out"
+            for i in {1..13}; do ask PING; done | uniq >"$tmp/out"
             cat "$tmp/out"
             tail -n 1 "$tmp/out" | is PONG
             not grep -vx $'PONG\|-ERR max number of clients reached\r' "$tmp/out"
@@ -5501,7 +5547,7 @@ descriptors() { find "/proc/$pid/fd" -type l | wc -l; }
     start_kv --max-request 536870912
     ask 'SET a 1' | is OK
     memory_limit 100000000
-    for i in 1 2 3; do
+    for i in 1 2; do
         { printf 'SET k ' && x 70000000 && echo; } | talk >"$tmp/out" || true
         { printf '*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$70000000\r\n' && x 70000000 && printf '\r\n'; } | talk >>"$tmp/out" || true
         not grep -v 'OOM out of memory' "$tmp/out" # OOM, or the end of the connection
@@ -5592,13 +5638,14 @@ p95() { # COUNT FD: asks that often and prints the time, in us, that 95 of 100 s
     done | sort -n | sed -n "$(($1 * 95 / 100))p"
 }
 
+# bats test_tags=alone
 @test "2,000 clients that are slow, deaf, or come and go do not slow down one that behaves" {
     count=2000 && if [[ $sanitized ]]; then count=400; fi
     start_kv
     ask "SET k $(x 20000)" 'SET w 1' | is OK OK
     connect
     good=$c
-    alone=$(quickly p95 2000 "$good")
+    alone=$(quickly p95 500 "$good")
     for i in 1 2 3 4; do
         background bash -c "$slow_senders" - "$port" $((count / 5)) >"$tmp/crowd.$i"
     done
@@ -5607,7 +5654,7 @@ p95() { # COUNT FD: asks that often and prints the time, in us, that 95 of 100 s
     wait_until crowd_is_there
     wait_until clients_at_least "$count"
     for try in 1 2 3 4 5; do # a busy machine may slow down anybody, but not each time
-        crowded=$(quickly p95 2000 "$good")
+        crowded=$(quickly p95 500 "$good")
         echo "try $try: 95 of 100 requests took up to $alone us alone, $crowded us in the crowd"
         ((crowded > alone * 2 + (${#sanitized} ? 2000 : 100))) || break
         ((try < 5))
@@ -5805,7 +5852,7 @@ mean() { # NUMBER...
 # SOAK_SECONDS=600 ./test.sh -f soak is the long form: then memory must be flat to within 2 %, that of
 # the last quarter of the rounds beside that of the quarter before.
 @test "soak: 200 connections come and go with all commands, and every reply is what the model says" {
-    seconds=${SOAK_SECONDS:-2} count=200 steps=150 slack=25
+    seconds=${SOAK_SECONDS:-2} count=$((${SOAK_SECONDS:-0} ? 200 : 40)) steps=150 slack=25
     if ((seconds >= 600)); then slack=2; fi
     if [[ $sanitized ]]; then count=40; fi
     start_aof
