@@ -86,7 +86,7 @@ struct text {
    atomic.) */
 enum stage {
     SERVING,
-    ANSWERING, /* a signal came: answer what has arrived, then close */
+    ANSWERING, /* a signal came: main has all threads answer what has arrived, and end */
     GIVING_UP, /* run nothing more, only send the replies to what was run */
 };
 static _Atomic enum stage stopping = SERVING;
@@ -944,8 +944,9 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. It is either up or down: if d
-   moves up, then all that is below it is later. */
+   is later, or further down as long as a child is sooner. Only one of the two loops moves
+   anything. After the first, all that is below slot is later than d, so the second stops
+   at once. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -962,8 +963,9 @@ static void heap_place(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its place. It comes
-   from another branch, so it may have to go up from there as well as down. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its place. That may
+   be from another branch: sooner than the parent of the free slot, and then it goes up,
+   or later than a child, and then it goes down. */
 static void deadline_clear(struct table *t, struct entry *e) {
     if (e->slot == 0) return;
     struct deadline last = t->heap[t->heap_len];
@@ -991,10 +993,12 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 }
 
 /* Removes what has expired in a shard, but at most MAX_AT_ONCE entries, so that others
-   get its lock soon. Returns whether there may be more. The append-only file gets no
-   record: a key's last record there has its deadline, also if EXPIRE set it. A replay
-   that finds it passed removes the key, too. (If the clock was set back before a start,
-   the key is there again. To record each expiry would cost more than this is worth.) */
+   get its lock soon. Returns whether there may be more.
+
+   The append-only file is not told. Each change of a key, also by EXPIRE, is recorded
+   there as a SET of its value with its deadline (see log_set), so the next start knows by
+   itself that the key has expired. (If the clock was set back before that start, the key
+   is there again. To record each expiry would cost more than this is worth.) */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -1058,9 +1062,13 @@ struct command {
    Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file; with
    "--fsync always", when it is on the disk, too. Before a reply is sent, the records that
    it reveals must be safe, also when another client wrote them: if B reads what A has
-   stored, and a crash then undoes it, B knows something that never was. c->seen is the
-   last record that must be safe. Its number goes from aof_append by way of
-   shard->appended, note_seen and c->seen to aof_commit. */
+   stored, and a crash then undoes it, B knows something that never was.
+
+   A shard keeps the number of its last record, and a connection the highest number that
+   it has seen in a shard. Say A's SET becomes record 7: its shard's appended is 7. B gets
+   the key: B's seen is 7, and aof_commit has B's reply wait until 7 is safe. It also
+   waits if record 7 is about another key of this shard. That is more than is needed, but
+   saves a number in each entry. */
 
 /* Appends a record of n words, and sets *number to its number; without --aof does
    nothing. Returns false when memory is out. */
@@ -1186,7 +1194,7 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
         return fail(c, "ERR invalid expire time in '%s' command",
                     lower_name(c->cmd).text);
     *deadline = n * unit + base;
-    if (*deadline == NEVER) *deadline = NEVER - 1;
+    if (*deadline == NEVER) *deadline = NEVER - 1; /* a deadline all the same */
     return true;
 }
 
@@ -1327,9 +1335,9 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it. The end of the pattern ends
-   it, too. In [a-] the ] is the end of a range and does not close the class: so in Redis.
-   class = "[" ["^"] { byte | byte "-" byte | "\" byte } "]" */
+/* Whether b is in the class at *at, which moves behind it. As in Redis, any byte behind a
+   - ends a range, also a ]: [a-]x] has the bytes from ] to a, and x.
+   class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
     bool match = false, negate = p < end && *p == '^';
@@ -1369,12 +1377,13 @@ static bool match_item(const char **at, const char *end, char b) {
          a       b      no: back, it takes a, too
          b       b      yes: the end of both
 
-   It need not go back to an earlier star. The a between the two stars fits the first a of
-   the string, and also the second. But a match with the second becomes one with the first
-   if the last star takes the bytes in between, too. So the first place that fits is as
-   good as any. star_i never goes down, also when another star becomes the last: all stars
-   together take one byte more at most s.len times, and between two such times at most
-   pattern.len steps pass.
+   It need not try more for an earlier star. What is between two stars (in the example the
+   a) is matched as far left as it fits. Suppose the rest fits only if it is matched
+   further right. Then the rest also fits if it stays, and the last star takes the bytes
+   between.
+
+   A try for the last star begins further right than each try before it, also if that was
+   for another star. So there are at most s.len tries, each of at most pattern.len steps.
 
    Once the server gives up, this goes back no more: KEYS then sends no list. */
 static bool glob_match(struct slice pattern, struct slice s) {
@@ -1625,6 +1634,7 @@ static bool cmd_hello(struct conn *c) {
                "authenticate the client and select the RESP protocol version at the "
                "same time");
     c->resp3 = version == 3;
+    /* RESP3 has a map of six pairs, RESP2 a list of twelve strings. */
     if (c->resp && c->resp3) buf_add_header(&c->out, '%', 6);
     else list_start(c, 12);
     reply_item(c, "server", "kv");
@@ -1863,6 +1873,8 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
 
 /* === 9 Connections ================================================================= */
 
+/* Waits until what the replies of c reveal is safe. Returns false if the append-only file
+   cannot be written. Without --aof returns true at once. */
 static bool aof_commit(struct conn *c);
 
 /* Replaces all replies by MISCONF, in the form of the last request. */
@@ -1895,45 +1907,50 @@ static void send_replies(struct conn *c) {
     c->seen = 0;
 }
 
-/* Reads once and appends to c->in. Returns recv's result; a signal does not interrupt. */
+/* Reads once and appends to c->in. Returns recv's result, and -1 and ENOMEM when memory
+   is out. If a signal interrupts recv, it is called again. */
 static ssize_t receive(struct conn *c, int flags) {
     struct buf *in = &c->in;
     char *to = buf_reserve(in, MIN_READ);
-    errno = ENOMEM;
-    ssize_t n = -1;
-    while (to && n < 0) {
-        n = recv(c->fd, to, in->cap - in->len, flags);
-        if (n < 0 && errno != EINTR) break;
+    ssize_t n;
+    if (!to) {
+        errno = ENOMEM;
+        return -1;
     }
+    do n = recv(c->fd, to, in->cap - in->len, flags);
+    while (n < 0 && errno == EINTR);
+    if (n > 0) in->len += (size_t)n;
     return n;
 }
 
-/* A thread that waits for input can block, or yield again and again and look in between.
-   To wake a thread that blocks costs more than some looks. sched_yield lets all threads
-   run first that are ready on this processor, or returns at once if there is none.
+/* Lets the other threads run that are ready on this processor. Returns true if they were
+   all kv's, and false if another program ran, too. Then it is better to block: a thread
+   that yields is put behind the other program, and waits for a whole time slice of it,
+   some 4000 us. A thread that was blocked and is woken mostly runs before a program that
+   has used its slice.
 
-   If only kv's threads are ready, that takes at most FEW_CLIENTS (below) times some 5 us,
-   1.3 ms, even if all are on one processor. Another program takes a time slice of some
-   4 ms. So a yield of more than SLOW_US tells that another program wants the processor.
-   Then it is better to block, for the system lets a thread that it wakes run before a
-   program that has used its slice. So this returns false, and so do its next PAUSE calls
-   for this connection, which do not even yield. */
+   How long the yield took tells which it was. Each client's thread runs for TURN_US at
+   most, mostly for much less, before it yields or blocks itself. If the yield took more
+   than that for all clients and half a time slice, another program ran. Then the next
+   PAUSE calls for this connection do not even yield, and return false. */
 static bool yield(struct conn *c) {
-    enum { SLOW_US = 3500, PAUSE = 200 };
+    enum { TURN_US = 25, HALF_SLICE_US = 2000, PAUSE = 200 };
     if (c->no_yields > 0) {
         c->no_yields--;
         return false;
     }
     int64_t start = monotonic_us();
     sched_yield();
-    if (monotonic_us() - start > SLOW_US) c->no_yields = PAUSE;
-    return c->no_yields == 0;
+    bool was_slow = monotonic_us() - start > HALF_SLICE_US + TURN_US * clients;
+    if (was_slow) c->no_yields = PAUSE;
+    return !was_slow;
 }
 
-/* Looks for input up to LOOKS times without blocking, and yields before each look. With
-   more than FEW_CLIENTS it does not look, for then there is mostly another client to
-   serve. Returns what recv does, or -1 and EAGAIN for no input. (What LOOKS and SLOW_US
-   do can be tried: exercises 1 and 4 of the chapter Performance.) */
+/* Looks for input up to LOOKS times without blocking, and yields before each look: to
+   wake a thread that blocks costs more than some looks. With more than FEW_CLIENTS it
+   does not look, for then there is mostly another client to serve. Returns what recv
+   does, or -1 and EAGAIN for no input. (What the numbers here and in yield do can be
+   tried: exercises 1 and 4 of the chapter Performance.) */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -1969,11 +1986,9 @@ static void read_more(struct conn *c) {
         buf_slim(in);
         n = receive(c, 0);
     }
-    if (n > 0) in->len += (size_t)n;
-    else if (n == 0) end_input(c);
-    else
-        c->closing = errno == EAGAIN ? "timeout" : strerror(errno); /* see send_replies */
-    /* Full: more is waiting, so take more at a time. */
+    if (n == 0) end_input(c);
+    if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
+    /* Full: more may be waiting, so make room to take more at a time. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
@@ -1992,6 +2007,12 @@ static void run_requests(struct conn *c, const char *client) {
         if (c->out.len + c->recorded >= IO_CHUNK) send_replies(c);
     }
 }
+
+/* A thread in hang_up is no client any more, but still has a descriptor. Clients and such
+   threads together may be MAX_LINGERING more than --max-clients. If they are more, the
+   next thread that ends closes at once. SPARE_DESCRIPTORS, which kv reserves besides
+   those of --max-clients, are enough for these, the listener, the file and so on. */
+enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = 32 };
 
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and replies that are on the way are
@@ -2030,8 +2051,7 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
-    /* Those that linger must not lock others out, see accept_client. */
-    bool many_linger = threads > opt.max_clients + 12;
+    bool many_linger = threads > opt.max_clients + MAX_LINGERING;
     hang_up(c.fd, many_linger ? 0 : 1000);
     threads--; /* the last thing: main ends the program at 0 */
     return NULL;
@@ -2050,23 +2070,24 @@ static void *conn_main(void *arg) {
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
-    pthread_mutex_t lock;    /* guards the next three */
-    struct buf gathered;     /* records, and room for the checksum line behind them */
-    uint64_t end;            /* the last record */
-    bool has_writer;         /* a thread writes; no other does meanwhile */
-    pthread_cond_t has_none; /* signals that has_writer has become false */
+    pthread_mutex_t lock; /* guards gathered, end and has_writer */
+    struct buf gathered;  /* records, and room for the checksum line behind them */
+    uint64_t end;         /* the last record */
+    bool has_writer;      /* a thread writes; no other does meanwhile */
+    pthread_cond_t done;  /* signals that the writer is done */
 
     /* For the writer alone: */
     struct buf batch;   /* being written; else empty, unless a write has failed */
     size_t written;     /* so many of its bytes are there */
     uint64_t batch_end; /* its last record */
 
+    /* Read at any time, changed only with the lock: */
     atomic_uint_fast64_t safe; /* replies that reveal records up to this one may go out */
     atomic_bool broken;        /* the last write has failed */
 } aof = {
     .fd = -1,
     .lock = PTHREAD_MUTEX_INITIALIZER,
-    .has_none = PTHREAD_COND_INITIALIZER,
+    .done = PTHREAD_COND_INITIALIZER,
 };
 
 static bool aof_is_broken(void) { return aof.broken; }
@@ -2127,7 +2148,7 @@ static bool sync_file(int fd) {
 }
 
 /* The gathered records become the next batch, by a swap of two buffers. add_record
-   has made room for the checksum line. Called by the writer, without the lock. */
+   has made room for the checksum line. The writer calls this without the lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
     pthread_mutex_lock(&aof.lock);
@@ -2139,50 +2160,50 @@ static void take_batch(void) {
     if (b->len > 0) end_batch(b);
 }
 
+/* Writes b to fd from *written on, and counts on there. Returns false on failure. */
+static bool write_rest(int fd, const struct buf *b, size_t *written) {
+    while (*written < b->len) {
+        ssize_t n = write(fd, b->p + *written, b->len - *written);
+        if (n < 0 && errno != EINTR) return false;
+        if (n > 0) *written += (size_t)n;
+    }
+    return true;
+}
+
 /* Finishes the last batch, if it could not be written in full, else writes the next one.
-   With --fsync always waits for the disk. Called by the writer, without the lock. Returns
+   With --fsync always waits for the disk. The writer calls this without the lock. Returns
    false when writing fails; the next call goes on where it stopped. A failed fsync ends
    the program: the system may have dropped what it could not write, and then the next
    fsync would succeed without it. */
 static bool write_batch(void) {
     struct buf *b = &aof.batch;
     if (b->len == 0) take_batch();
-    while (aof.written < b->len) {
-        ssize_t n = write(aof.fd, b->p + aof.written, b->len - aof.written);
-        if (n >= 0) {
-            aof.written += (size_t)n;
-        } else if (errno != EINTR) {
-            if (!aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
-            aof.broken = true;
-            return false;
-        }
-    }
+    bool ok = write_rest(aof.fd, b, &aof.written);
+    if (!ok && !aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
+    if (!ok) return false;
     if (fsync_policy == FSYNC_ALWAYS && !sync_file(aof.fd)) die_of_aof("fsync");
     if (aof.broken) say(WARN, "%s: works again", opt.aof);
-    aof.broken = false;
-    aof.safe = aof.batch_end;
     b->len = 0;
     if (b->cap > IO_CHUNK) buf_slim(b);
     return true;
 }
 
-/* Waits until the writer is done; if there is none, writes a batch itself. Called with
-   the lock, which is released meanwhile. Returns false if writing here has failed. After
-   a wait nothing is certain: the callers look again whether they have what they want. No
-   wake-up is lost: the writer changes safe and broken without the lock, but before it
-   clears has_writer, and a thread waits only if it has found has_writer set. */
-static bool wait_or_write(void) {
+/* Waits until the writer is done. If there is none, this thread becomes the writer and
+   writes one batch. Called with the lock, which is released meanwhile. What it brought is
+   in safe and broken. */
+static void wait_or_write(void) {
     if (aof.has_writer) {
-        pthread_cond_wait(&aof.has_none, &aof.lock);
-        return true;
+        pthread_cond_wait(&aof.done, &aof.lock);
+        return;
     }
     aof.has_writer = true;
     pthread_mutex_unlock(&aof.lock);
     bool ok = write_batch();
     pthread_mutex_lock(&aof.lock);
+    if (ok) aof.safe = aof.batch_end;
+    aof.broken = !ok;
     aof.has_writer = false;
-    pthread_cond_broadcast(&aof.has_none);
-    return ok;
+    pthread_cond_broadcast(&aof.done);
 }
 
 /* Waits until the records that c has seen are safe. Group commit: the writer writes all
@@ -2200,15 +2221,15 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is, also after a failure: first the rest of the batch that failed.
-   Returns false if it fails again. */
+/* Writes all there is. After a failure it tries once more: this is the only function that
+   does, for aof_commit gives up. Returns false when writing fails. */
 static bool aof_write_all(void) {
-    bool ok = true;
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    while (ok && aof.safe < end) ok = wait_or_write();
+    if (aof.safe < end) wait_or_write();
+    while (aof.safe < end && !aof.broken) wait_or_write();
     pthread_mutex_unlock(&aof.lock);
-    return ok;
+    return aof.safe >= end;
 }
 
 /* The expiry thread calls this each second. Tries again what could not be written, and
@@ -2238,10 +2259,16 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if nothing from start on looks like a checksum line. Three cases remain. If
-   a value contains such a line, a torn file is reported as damaged, and a person decides.
-   So is a file of which a power failure has left a later batch, but not an earlier one.
-   If the last checksum line of the file has changed, its batch passes for torn. */
+   It is torn if nothing from start on looks like a checksum line. This is a guess, and
+   may be wrong:
+
+     torn, but called damaged: a value in the torn part contains such a line
+     torn, but called damaged: power failed when the system had written a later part of
+                               the file to the disk, and not yet an earlier one
+     damaged, but called torn: the last line of the file was a checksum line, and has
+                               changed so much that it is none
+
+   Where it says damaged, kv changes nothing, and a person decides. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -2350,13 +2377,9 @@ static void sync_directory(char *path) {
 static bool write_batch_to(int fd, struct buf *b) {
     size_t written = 0;
     end_batch(b);
-    while (written < b->len) {
-        ssize_t n = write(fd, b->p + written, b->len - written);
-        if (n < 0 && errno != EINTR) return false;
-        if (n > 0) written += (size_t)n;
-    }
+    bool ok = write_rest(fd, b, &written);
     b->len = 0;
-    return true;
+    return ok;
 }
 
 /* Adds the record that makes the entry. */
@@ -2371,10 +2394,10 @@ static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
     return add_record(b, record, deadline == NEVER ? 3 : 5);
 }
 
-/* Writes a file whose replay gives the present tables: an empty batch as the header,
-   then FLUSHALL, so that a copy that tail -F keeps begins anew, then a SET for each key,
-   in batches. No other thread runs yet. Returns false on failure, and when a signal asks
-   for the end. */
+/* Writes a file whose replay gives the present tables: an empty batch as the header, then
+   FLUSHALL, then a SET for each key, in batches. (FLUSHALL is for a copy: tail -F goes on
+   with the new file from its beginning, and the copy is emptied first.) No other thread
+   runs yet. Returns false on failure, and when a signal asks for the end. */
 static bool write_tables(int fd) {
     struct slice flush[] = {str("FLUSHALL")};
     struct buf b = {0};
@@ -2426,7 +2449,8 @@ static int compact(const char *path, int fd) {
     snprintf(name, sizeof name, "%s.kv-compact", path);
     unlink(name); /* a leftover of a crash, if any: nobody else has files of this name */
     for (long i = 0; i < opt.shards; i++) keys += shards[i].table.count;
-    if (aof.end <= 2 * keys + 1) return fd; /* 1: FLUSHALL */
+    /* aof.end: so many records were replayed. 1: FLUSHALL. */
+    if (aof.end <= 2 * keys + 1) return fd;
     /* A file of several names is left alone: a rename would change only one. */
     if (fstat(fd, &st) < 0 || st.st_nlink != 1) return fd;
     int compacted = write_compact(name, path, &st);
@@ -2446,7 +2470,8 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* Another kv may have put a compacted file in its place between open and lock. */
+    /* A lock belongs to a file, not to its name. Between open and lock here, another kv
+       may have compacted: then the name leads to its new file, and fd is the old one. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2541,10 +2566,7 @@ static void accept_client(int listener, const pthread_attr_t *attributes) {
         return;
     }
     if (clients >= opt.max_clients) sleep_ms(1); /* one that is leaving makes room */
-    bool is_full = clients >= opt.max_clients;
-    /* Threads in hang_up hold descriptors, too; reserve_descriptors has 32 to spare. */
-    bool many_linger = threads >= opt.max_clients + 24;
-    if (is_full || many_linger) {
+    if (clients >= opt.max_clients) {
         refuse_client(fd, "too many clients");
         return;
     }
@@ -2636,7 +2658,7 @@ static int max_descriptors; /* each is below this number */
 static void reserve_descriptors(void) {
     struct rlimit limit = {0, 0};
     getrlimit(RLIMIT_NOFILE, &limit);
-    rlim_t want = (rlim_t)opt.max_clients + 32; /* the log, the file, who lingers, ... */
+    rlim_t want = (rlim_t)opt.max_clients + SPARE_DESCRIPTORS;
     limit.rlim_cur = limit.rlim_max < want ? limit.rlim_max : want;
     max_descriptors = (int)limit.rlim_cur;
     if (setrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur < want)
@@ -2681,13 +2703,18 @@ static void wait_for_threads(int64_t ms) {
     while (threads > 0 && monotonic_us() < end) sleep_ms(10);
 }
 
-/* Makes the threads of all connections end. After SHUT_RD, recv (on Linux) still returns
-   what has arrived and what arrives later. But where it would block, it returns 0, the
-   end of the input. So a thread answers what there is, and then ends. A client that sends
-   without a pause is served for 2 s. Then nothing more is run, and replies to what was
-   run get half a second. The price: in hang_up, too, recv returns 0 where it would block,
-   so it closes without waiting for the client. One that still sends then has its
-   connection reset, and may miss the last replies. */
+/* Makes the threads of all connections end, in three steps:
+
+     SHUT_RD, 2 s      recv (on Linux) still returns what has arrived or arrives later.
+                       But where it would block, it returns 0, as at the end of the
+                       input. So a thread answers what there is, and ends.
+     GIVING_UP, 0.5 s  A client that sends without a pause still has a thread. It runs
+                       nothing more, and only sends the replies to what was run.
+     SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
+                       now.
+
+   The price: in hang_up, too, recv returns 0 at once, so it does not wait for the client.
+   One that still sends then has its connection reset, and may miss the last replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
@@ -2730,9 +2757,10 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    /* glibc gives threads heaps of their own, and what is freed in one, the others cannot
-       use. With two, little lies idle (./bench.sh measure arenas). A thread seldom waits
-       for one, for it has a small cache of its own before them. */
+    /* malloc of glibc has several arenas, so that threads seldom wait for each other. But
+       memory that is freed in one arena cannot be used by another. With two arenas little
+       lies idle (./bench.sh measure arenas). Threads seldom wait even so, for each also
+       keeps some freed blocks for itself. */
     mallopt(M_ARENA_MAX, 2);
 #endif
     if (opt.aof) aof_open();
