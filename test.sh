@@ -215,7 +215,7 @@ KV=$(realpath "${KV:-$BATS_TEST_DIRNAME/kv}")
 sanitized='' connections=10000 for_all=() time_limit=120 part=1
 case ${KV##*/} in
     *tsan*) sanitized=tsan connections=2000 for_all=(-s 32) time_limit=240 part=5 ;;
-    *asan*) sanitized=asan connections=5000 time_limit=240 ;;
+    *asan*) sanitized=asan connections=2000 time_limit=240 ;;
 esac
 # That kv ends in a hurry, with a thread not joined, is what a second signal asks for.
 export TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
@@ -296,9 +296,9 @@ gone() { ! kill -0 "$@" 2>/dev/null; } # PID...: whether none of them runs
 # --- waiting ------------------------------------------------------------------------------
 
 # Tries a command until it succeeds, after 2, 4, 8, then every 16 ms, for $patience seconds at
-# most, or 20.
+# most, or 40.
 wait_until() { # COMMAND...
-    local end=$((SECONDS + ${patience:-20})) ms=1 pause
+    local end=$((SECONDS + ${patience:-40})) ms=1 pause
     until "$@" >"$tmp/waiting"; do
         if ((SECONDS >= end)) || [[ ${BATS_INTERRUPTED:-} ]]; then # the latter by Ctrl-C
             echo "waited in vain until: $*"
@@ -1167,7 +1167,7 @@ end_trace() {
     connect
     start=$(now_ms)
     for ((i = 1; i <= 100; i++)); do answers "$c" 'INCR n' "$i"; done
-    (($(now_ms) - start < 2000))
+    (($(now_ms) - start < 10000))
 }
 
 @test "a reply of many megabytes arrives whole" {
@@ -4635,9 +4635,18 @@ start_on_full_disk() { # [OPTION...]: sets $full to the size that the file can r
     start_on_full_disk --fsync always
     ask 'SET a 10' | is_like '\(error\) MISCONF .*'
     start=$(now_ms)
+    connect
     for i in {1..5}; do
-        ask 'SET b 20' 'DEL a' 'INCR n' FLUSHALL 'EXPIRE b 100' | sort -u | is_like '\(error\) MISCONF .*'
-        ask 'GET b' 'EXISTS n' 'TTL b' DBSIZE PING 'GET a' | is_like 2 0 -1 3 PONG '1|10'
+        for request in 'SET b 20' 'DEL a' 'INCR n' FLUSHALL 'EXPIRE b 100'; do
+            send "$c" "$request" && receive "$c"
+            [[ $line = '(error) MISCONF '* ]]
+        done
+        answers "$c" 'GET b' 2
+        answers "$c" 'TTL b' -1
+        answers "$c" 'EXISTS n' 0
+        answers "$c" DBSIZE 3
+        send "$c" 'GET a' && receive "$c"
+        [[ $line = 1 || $line = 10 ]]
     done
     (($(now_ms) - start < 4000)) # nobody waits a second until the file is tried again
     grep -E 'ERROR .*: File too large' "$log"
