@@ -4728,7 +4728,7 @@ long_file() { # TIMES
     stop_kv
     tail -n +2 "$tmp/aof" >"$tmp/thousand"
     for i in {1..100}; do cat "$tmp/thousand"; done >"$tmp/many"
-    for ((i = 0; i < (${#sanitized} ? 4 : $1); i++)); do cat "$tmp/many"; done >>"$tmp/aof"
+    for ((i = 0; i < (part > 1 ? 1 : ${#sanitized} ? 4 : $1); i++)); do cat "$tmp/many"; done >>"$tmp/aof"
     rm "$tmp/many"
 }
 
