@@ -811,9 +811,9 @@ struct table {
     size_t heap_len, heap_room;
 };
 
-/* lock guards the rest. To write one byte, a processor takes the whole line of 64 bytes
-   from the other processors. So a shard begins on a line of its own: two processors that
-   work on two shards do not take lines from each other. */
+/* lock guards the rest. To write one byte, a processor takes the whole cache line, 64
+   bytes, from the other processors. So a shard begins on a cache line of its own: two
+   processors that work on two shards do not take lines from each other. */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
@@ -944,9 +944,8 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. Only one of the two loops moves
-   anything. After the first, all that is below slot is later than d, so the second stops
-   at once. */
+   is later, or further down as long as a child is sooner. If it has gone up, the child
+   now below it is the old parent. That is later than d, so d does not go down again. */
 static void heap_place(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -1335,23 +1334,22 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it. As in Redis, any byte behind a
-   - ends a range, also a ]: [a-]x] has the bytes from ] to a, and x.
+/* Whether b is in the class at *at, which moves behind it. As in Redis, a range may be
+   written either way round, [a-z] or [z-a], and any byte may end it, also a ].
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
     bool match = false, negate = p < end && *p == '^';
     if (negate) p++;
-    for (; p < end && *p != ']'; p++) {
+    while (p < end && *p != ']') {
         bool escaped = *p == '\\' && end - p > 1;
         if (escaped) p++;
-        unsigned char low = (unsigned char)*p, high = low;
-        if (!escaped && end - p > 2 && p[1] == '-') {
-            p += 2;
-            high = (unsigned char)*p;
-        }
-        if (low <= b && b <= high) match = true;
-        if (high <= b && b <= low) match = true; /* [z-a], as in Redis */
+        bool is_range = !escaped && end - p > 2 && p[1] == '-';
+        unsigned char first = (unsigned char)p[0];
+        unsigned char last = (unsigned char)p[is_range ? 2 : 0];
+        if (first <= b && b <= last) match = true;
+        if (last <= b && b <= first) match = true;
+        p += is_range ? 3 : 1;
     }
     *at = p < end ? p + 1 : p;
     return match != negate;
@@ -1377,13 +1375,9 @@ static bool match_item(const char **at, const char *end, char b) {
          a       b      no: back, it takes a, too
          b       b      yes: the end of both
 
-   It need not try more for an earlier star. What is between two stars (in the example the
-   a) is matched as far left as it fits. Suppose the rest fits only if it is matched
-   further right. Then the rest also fits if it stays, and the last star takes the bytes
-   between.
-
-   A try for the last star begins further right than each try before it, also if that was
-   for another star. So there are at most s.len tries, each of at most pattern.len steps.
+   An earlier star need never take more: what is between two stars is matched as far left
+   as it fits, and so leaves the most bytes for the rest of the pattern. star_i only
+   grows, so this goes back at most s.len times.
 
    Once the server gives up, this goes back no more: KEYS then sends no list. */
 static bool glob_match(struct slice pattern, struct slice s) {
@@ -1477,8 +1471,9 @@ static bool cmd_dbsize(struct conn *c) {
     return reply_int(c, (int64_t)n);
 }
 
-/* FLUSHALL and FLUSHDB: all keys go at one moment, under all locks. Their memory is freed
-   afterwards, for that takes long. */
+/* FLUSHALL and FLUSHDB: all keys go at one moment. No shard is unlocked before all are
+   locked, and each is empty when it is unlocked, so nobody sees an old key after an empty
+   shard. The memory is freed afterwards, for that takes long. */
 static bool cmd_flush(struct conn *c) {
     struct slice record[] = {str("FLUSHALL")};
     if (c->argc > 1) return fail(c, "ERR syntax error");
@@ -1883,11 +1878,14 @@ static void replace_replies(struct conn *c) {
     for (size_t i = 0; i < c->replies; i++) fail(c, MISCONF ", the outcome is unknown");
 }
 
-/* Sends all replies, once the records that they reveal are safe. Where the file cannot be
-   written there are two cases. If one of the requests writes, all replies become MISCONF.
-   If all only read, they are sent as they are, although they may reveal a change that a
-   crash now would undo: a full disk is no reason to stop reading. Blocks until the client
-   has taken the replies, up to --timeout. Sets closing on failure. */
+/* Sends all replies, once the records that they reveal are safe. Blocks until the client
+   has taken them, up to --timeout. Sets closing on failure.
+
+   Where the file cannot be written there are two cases. If one of the requests writes,
+   all replies become MISCONF, for c->out does not tell where the reply of that one is.
+   (The change stays, and its record will be tried again, see section 10.) If all only
+   read, they are sent as they are, although they may reveal a change that a crash now
+   would undo: a full disk is no reason to stop reading. */
 static void send_replies(struct conn *c) {
     if (!aof_commit(c) && c->writes) replace_replies(c);
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
@@ -1923,34 +1921,36 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Lets the other threads run that are ready on this processor. Returns true if they were
-   all kv's, and false if another program ran, too. Then it is better to block: a thread
-   that yields is put behind the other program, and waits for a whole time slice of it,
-   some 4000 us. A thread that was blocked and is woken mostly runs before a program that
-   has used its slice.
+/* A thread that waits for input can block, or yield and look, again and again. To look is
+   cheaper as long as only threads of kv use the processor, for nobody has to be woken. If
+   another program uses it, too, it is better to block: each yield would let that program
+   run for a whole time slice, but Linux lets a thread that is woken run before a program
+   that has used more of the processor.
 
-   How long the yield took tells which it was. Each client's thread runs for TURN_US at
-   most, mostly for much less, before it yields or blocks itself. If the yield took more
-   than that for all clients and half a time slice, another program ran. Then the next
-   PAUSE calls for this connection do not even yield, and return false. */
+   yield lets other threads run, and returns whether they were all kv's. The time that it
+   took tells: a thread of kv runs for TURN_US at most before it waits again, another
+   program for SLICE_US. With 10 clients that makes 250 us at most if all were kv's, and
+   some 4000 us more if not. The limit is in the middle, 2250 us. If it took longer, this
+   and the next PAUSE calls for this connection return false, and those do not yield. */
 static bool yield(struct conn *c) {
-    enum { TURN_US = 25, HALF_SLICE_US = 2000, PAUSE = 200 };
+    enum { TURN_US = 25, SLICE_US = 4000, PAUSE = 200 };
     if (c->no_yields > 0) {
         c->no_yields--;
         return false;
     }
     int64_t start = monotonic_us();
     sched_yield();
-    bool was_slow = monotonic_us() - start > HALF_SLICE_US + TURN_US * clients;
-    if (was_slow) c->no_yields = PAUSE;
-    return !was_slow;
+    int64_t took = monotonic_us() - start;
+    bool only_kv = took <= clients * TURN_US + SLICE_US / 2;
+    if (!only_kv) c->no_yields = PAUSE;
+    return only_kv;
 }
 
-/* Looks for input up to LOOKS times without blocking, and yields before each look: to
-   wake a thread that blocks costs more than some looks. With more than FEW_CLIENTS it
-   does not look, for then there is mostly another client to serve. Returns what recv
-   does, or -1 and EAGAIN for no input. (What the numbers here and in yield do can be
-   tried: exercises 1 and 4 of the chapter Performance.) */
+/* Looks for input up to LOOKS times without blocking, and yields before each look, as
+   long as yield returns true. With more than FEW_CLIENTS it does not look, for then there
+   is mostly another thread that has something to do. Returns what recv does, or -1 and
+   EAGAIN for no input. (What the numbers here and in yield do can be tried: exercises 1
+   and 4 of the chapter Performance.) */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -1988,7 +1988,8 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* Full: more may be waiting, so make room to take more at a time. */
+    /* The buffer is full: double it, so that the next read can take more. (receive would
+       not: by then the requests in it have been run, and it has MIN_READ bytes again.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
 }
 
@@ -2008,12 +2009,6 @@ static void run_requests(struct conn *c, const char *client) {
     }
 }
 
-/* A thread in hang_up is no client any more, but still has a descriptor. Clients and such
-   threads together may be MAX_LINGERING more than --max-clients. If they are more, the
-   next thread that ends closes at once. SPARE_DESCRIPTORS, which kv reserves besides
-   those of --max-clients, are enough for these, the listener, the file and so on. */
-enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = 32 };
-
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and replies that are on the way are
    lost. So this ends only our side first, and reads until the client closes its side, has
@@ -2030,6 +2025,11 @@ static void hang_up(int fd, int ms) {
     } while (open && monotonic_us() < end);
     close(fd);
 }
+
+/* Descriptors that kv reserves besides one for each client: 16 for threads that wait in
+   hang_up, where they are no clients any more, and 16 for the listener, the file and so
+   on. (If they run out all the same, accept fails, and the next client waits.) */
+enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = MAX_LINGERING + 16 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
@@ -2051,8 +2051,9 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
-    bool many_linger = threads > opt.max_clients + MAX_LINGERING;
-    hang_up(c.fd, many_linger ? 0 : 1000);
+    /* threads: of clients and in hang_up. Each has a descriptor. */
+    bool may_linger = threads <= opt.max_clients + MAX_LINGERING;
+    hang_up(c.fd, may_linger ? 1000 : 0);
     threads--; /* the last thing: main ends the program at 0 */
     return NULL;
 }
@@ -2066,7 +2067,13 @@ static void *conn_main(void *arg) {
    a copy.
 
    Threads append records to gathered while they hold a shard's lock, and write what has
-   gathered before they reply. Records are counted from 1. */
+   gathered before they reply. Records are counted from 1.
+
+   When the file cannot be written, for example on a full disk, broken is set. Threads
+   that wait for their records get MISCONF, and what would write is refused (run_request).
+   What only reads is served (send_replies). The records stay in batch and gathered. The
+   expiry thread tries again each second (aof_write_all). When that succeeds, broken is
+   cleared. */
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
@@ -2170,14 +2177,15 @@ static bool write_rest(int fd, const struct buf *b, size_t *written) {
     return true;
 }
 
-/* Finishes the last batch, if it could not be written in full, else writes the next one.
-   With --fsync always waits for the disk. The writer calls this without the lock. Returns
-   false when writing fails; the next call goes on where it stopped. A failed fsync ends
-   the program: the system may have dropped what it could not write, and then the next
-   fsync would succeed without it. */
+/* Finishes the last batch, if it could not be written in full, else writes the next one,
+   if there is any. With --fsync always waits for the disk. The writer calls this without
+   the lock. Returns false when writing fails; the next call goes on where it stopped. A
+   failed fsync ends the program: the system may have dropped what it could not write, and
+   then the next fsync would succeed without it. */
 static bool write_batch(void) {
     struct buf *b = &aof.batch;
     if (b->len == 0) take_batch();
+    if (b->len == 0) return true;
     bool ok = write_rest(aof.fd, b, &aof.written);
     if (!ok && !aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
     if (!ok) return false;
@@ -2189,8 +2197,9 @@ static bool write_batch(void) {
 }
 
 /* Waits until the writer is done. If there is none, this thread becomes the writer and
-   writes one batch. Called with the lock, which is released meanwhile. What it brought is
-   in safe and broken. */
+   writes one batch. Called with the lock, which is released meanwhile. The result is in
+   safe and broken: callers look at these, and call again if it is not yet what they want.
+   */
 static void wait_or_write(void) {
     if (aof.has_writer) {
         pthread_cond_wait(&aof.done, &aof.lock);
@@ -2221,13 +2230,14 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is. After a failure it tries once more: this is the only function that
-   does, for aof_commit gives up. Returns false when writing fails. */
+/* Writes all there is. Returns false when writing fails. If broken is set, this is the
+   next try, and no other thread writes, for aof_commit gives up then. So this calls
+   wait_or_write at least once, and goes on as long as that works. */
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    if (aof.safe < end) wait_or_write();
-    while (aof.safe < end && !aof.broken) wait_or_write();
+    do wait_or_write();
+    while (aof.safe < end && !aof.broken);
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= end;
 }
@@ -2278,7 +2288,7 @@ static bool is_torn(struct slice file, size_t start) {
 
 /* Returns the checksum line that ends the batch at start. Returns NULL if it is not
    right, or if there is none. c->in is the file itself, mapped read-only: take_array
-   only reads it. */
+   only reads it. If that refuses a record, nobody looks at its reply and c->closing. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2321,7 +2331,8 @@ static size_t replay(struct slice file) {
     c.max_words = MAX_WORDS;
     int64_t next_report = monotonic_us() + 1000000;
     size_t good = 0;
-    /* Room for all words, so that what take_array refuses is wrong: memory is not out. */
+    /* Room for all words. Else take_array could refuse a record only because memory is
+       out, and that would pass for damage. */
     c.argv = malloc(MAX_WORDS * sizeof *c.argv);
     c.argv_room = MAX_WORDS;
     if (!c.argv) die_of_aof("replay");
@@ -2437,11 +2448,10 @@ static int write_compact(const char *name, const char *path, const struct stat *
     return -1;
 }
 
-/* Compacts the file at path, open as fd, if it holds more than twice the records that
-   its keys need. path has no symbolic links, so the rename replaces the file, not a link.
-   Returns the descriptor of the file that serves: the old one if it cannot be
-   replaced, for that is no reason not to start. A crash leaves the old file or the
-   new one, whole. */
+/* Compacts the file at path, open as fd, if it holds more than two records for each key.
+   path has no symbolic links, so the rename replaces the file, not a link. Returns the
+   descriptor of the file that serves: the old one if it cannot be replaced, for that is
+   no reason not to start. A crash leaves the old file or the new one, whole. */
 static int compact(const char *path, int fd) {
     char name[PATH_MAX + 16];
     struct stat st;
@@ -2470,8 +2480,10 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* A lock belongs to a file, not to its name. Between open and lock here, another kv
-       may have compacted: then the name leads to its new file, and fd is the old one. */
+    /* A lock belongs to a file, not to its name. So this may have happened:
+         this kv opens the file;
+         another kv compacts: it locks a new file, gives it this name, closes the old one;
+         this kv locks the old one, which has no name any more. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
