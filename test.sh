@@ -2055,7 +2055,7 @@ PYTHON
     start=$(now_ms)
     closed "$c"
     took=$(($(now_ms) - start))
-    ((took >= 990 && took < 6000))
+    ((took >= 990 && took < 9000))
 }
 
 # A slot is free before its client can know that the connection has ended.
@@ -3715,8 +3715,8 @@ contents() { # [PORT]
     local now
     # Unlike kv, redis-cli takes a quote within a plain word for the start of a quoted one.
     sed '/^"/! { s/[\\"]/\\&/g; s/.*/"&"/; }' "$tmp/keys" >"$tmp/words"
-    now=$(now_ms)
     sed 's/.*/GET &/' "$tmp/words" | redis-cli -p "${1:-$port}"
+    now=$(now_ms)
     sed 's/.*/PTTL &/' "$tmp/words" | redis-cli -p "${1:-$port}" >"$tmp/pttls"
     not grep -Evn '^-?[0-9]+$' "$tmp/pttls"
     awk -v now="$now" '{ print $1 < 0 ? $1 : int(($1 + now) / 10000) }' "$tmp/pttls"
