@@ -943,14 +943,17 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
     d.entry->slot = (uint32_t)slot;
 }
 
-/* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. If it has gone up, the child
-   now below it is the old parent. That is later than d, so d does not go down again. */
-static void heap_place(struct table *t, size_t slot, struct deadline d) {
+/* slot is free. Moves it up, as long as the parent is later than d, and puts d there. */
+static void heap_up(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
         slot /= 2;
     }
+    heap_put(t, slot, d);
+}
+
+/* slot is free. Moves it down, as long as a child is sooner than d, and puts d there. */
+static void heap_down(struct table *t, size_t slot, struct deadline d) {
     while (2 * slot <= t->heap_len) {
         size_t child = 2 * slot;
         bool has_two = child < t->heap_len;
@@ -963,14 +966,17 @@ static void heap_place(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Takes e's deadline away, if it has one. The last of the heap takes its place. That may
-   be from another branch: sooner than the parent of the free slot, and then it goes up,
-   or later than a child, and then it goes down. */
+   be from another branch, so it may be sooner than the parent of the free slot. */
 static void deadline_clear(struct table *t, struct entry *e) {
-    if (e->slot == 0) return;
+    size_t slot = e->slot;
+    if (slot == 0) return;
     struct deadline last = t->heap[t->heap_len];
     t->heap_len--;
-    if (last.entry != e) heap_place(t, e->slot, last);
     e->slot = 0;
+    if (last.entry == e) return;
+    bool is_sooner = slot > 1 && last.when < t->heap[slot / 2].when;
+    if (is_sooner) heap_up(t, slot, last);
+    else heap_down(t, slot, last);
 }
 
 /* Gives e a deadline, a new one, or with NEVER none. table_reserve comes first. */
@@ -978,7 +984,7 @@ static void deadline_set(struct table *t, struct entry *e, int64_t when) {
     deadline_clear(t, e);
     if (when == NEVER) return;
     t->heap_len++;
-    heap_place(t, t->heap_len, (struct deadline){when, e});
+    heap_up(t, t->heap_len, (struct deadline){when, e});
 }
 
 static int64_t deadline_of(const struct table *t, const struct entry *e) {
@@ -1199,7 +1205,8 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
 
 /* What may follow SET key value. Some words exclude each other. EX, PX, EXAT and PXAT are
    followed by a number, in units of so many ms, from now or (AT) from 1970. */
-enum { NX = 1, XX = 2, KEEPTTL = 4, EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
+enum { NX = 1, XX = 2, KEEPTTL = 4 };
+enum { EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
 static const struct set_word {
     const char *name;
     int flag, excludes;
@@ -1921,17 +1928,12 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* A thread that waits for input can block, or yield and look, again and again. To look is
-   cheaper as long as only threads of kv use the processor, for nobody has to be woken. If
-   another program uses it, too, it is better to block: each yield would let that program
-   run for a whole time slice, but Linux lets a thread that is woken run before a program
-   that has used more of the processor.
-
-   yield lets other threads run, and returns whether they were all kv's. The time that it
-   took tells: a thread of kv runs for TURN_US at most before it waits again, another
-   program for SLICE_US. With 10 clients that makes 250 us at most if all were kv's, and
-   some 4000 us more if not. The limit is in the middle, 2250 us. If it took longer, this
-   and the next PAUSE calls for this connection return false, and those do not yield. */
+/* Lets other threads run first, and guesses from the time that this took whether another
+   program uses the processor. sched_yield returns when all threads that were ready there
+   have had a turn. If all were kv's, that takes clients * TURN_US at most. A turn of
+   another program takes some SLICE_US more. The limit is halfway between. Returns false
+   if it took longer. So do the next PAUSE calls for this connection, and they do not even
+   yield. */
 static bool yield(struct conn *c) {
     enum { TURN_US = 25, SLICE_US = 4000, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -1946,11 +1948,13 @@ static bool yield(struct conn *c) {
     return only_kv;
 }
 
-/* Looks for input up to LOOKS times without blocking, and yields before each look, as
-   long as yield returns true. With more than FEW_CLIENTS it does not look, for then there
-   is mostly another thread that has something to do. Returns what recv does, or -1 and
-   EAGAIN for no input. (What the numbers here and in yield do can be tried: exercises 1
-   and 4 of the chapter Performance.) */
+/* Looks for input without blocking. To block and to be woken takes longer than some
+   looks, so this looks up to LOOKS times, and lets other threads run in between. It stops
+   when another program uses the processor: each yield would give that program a whole
+   slice, while a thread that blocked and is woken mostly runs before it. And it does not
+   look with more than FEW_CLIENTS, for then mostly another thread has something to do.
+   Returns what recv does, or -1 and EAGAIN for no input. (What the numbers here and in
+   yield do can be tried: exercises 1 and 4 of the chapter Performance.) */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -1963,8 +1967,9 @@ static ssize_t look_for_input(struct conn *c) {
     return n;
 }
 
-/* There is no more input. If the client ended it, and not our own shutdown, this tells it
-   about a line that has no end. */
+/* There is no more input. All requests that had arrived in full were run before this
+   read. If the client ended the input, and not our own shutdown, this tells it about a
+   line that has no end. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
     bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
@@ -1988,9 +1993,10 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* The buffer is full: double it, so that the next read can take more. (receive would
-       not: by then the requests in it have been run, and it has MIN_READ bytes again.) */
-    if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
+    /* receive makes room only if fewer than MIN_READ bytes are free. As all requests are
+       run before the next read, that would be seldom, and the buffer would stay small. So
+       it is doubled when a read has filled it. */
+    if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
 /* Runs all requests that have arrived in full. Sends replies in between when IO_CHUNK
@@ -2154,8 +2160,9 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* The gathered records become the next batch, by a swap of two buffers. add_record
-   has made room for the checksum line. The writer calls this without the lock. */
+/* The gathered records, at least one, become the next batch, by a swap of two buffers.
+   add_record has made room for the checksum line. The writer calls this without the lock.
+   */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
     pthread_mutex_lock(&aof.lock);
@@ -2164,7 +2171,7 @@ static void take_batch(void) {
     aof.gathered = empty;
     pthread_mutex_unlock(&aof.lock);
     aof.written = 0;
-    if (b->len > 0) end_batch(b);
+    end_batch(b);
 }
 
 /* Writes b to fd from *written on, and counts on there. Returns false on failure. */
@@ -2177,15 +2184,14 @@ static bool write_rest(int fd, const struct buf *b, size_t *written) {
     return true;
 }
 
-/* Finishes the last batch, if it could not be written in full, else writes the next one,
-   if there is any. With --fsync always waits for the disk. The writer calls this without
-   the lock. Returns false when writing fails; the next call goes on where it stopped. A
-   failed fsync ends the program: the system may have dropped what it could not write, and
-   then the next fsync would succeed without it. */
+/* Finishes the last batch, if it could not be written in full, else writes the next one.
+   With --fsync always waits for the disk. The writer calls this without the lock. Returns
+   false when writing fails; the next call goes on where it stopped. A failed fsync ends
+   the program: the system may have dropped what it could not write, and then the next
+   fsync would succeed without it. */
 static bool write_batch(void) {
     struct buf *b = &aof.batch;
     if (b->len == 0) take_batch();
-    if (b->len == 0) return true;
     bool ok = write_rest(aof.fd, b, &aof.written);
     if (!ok && !aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
     if (!ok) return false;
@@ -2198,8 +2204,7 @@ static bool write_batch(void) {
 
 /* Waits until the writer is done. If there is none, this thread becomes the writer and
    writes one batch. Called with the lock, which is released meanwhile. The result is in
-   safe and broken: callers look at these, and call again if it is not yet what they want.
-   */
+   safe and broken: callers look there, and call again if it is not yet what they want. */
 static void wait_or_write(void) {
     if (aof.has_writer) {
         pthread_cond_wait(&aof.done, &aof.lock);
@@ -2230,14 +2235,12 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is. Returns false when writing fails. If broken is set, this is the
-   next try, and no other thread writes, for aof_commit gives up then. So this calls
-   wait_or_write at least once, and goes on as long as that works. */
+/* Writes all there is. Returns false when writing fails. */
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    do wait_or_write();
-    while (aof.safe < end && !aof.broken);
+    if (aof.broken) wait_or_write(); /* tries again; if that works, broken is cleared */
+    while (aof.safe < end && !aof.broken) wait_or_write();
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= end;
 }
