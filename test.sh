@@ -4,234 +4,74 @@
 #     ./test.sh                    all of them
 #     ./test.sh -f KEYS            those with KEYS in their name
 #     ./test.sh --tap --timing     for programs to read, with times
-#     SANITIZER=asan ./test.sh     on another build, ./kv-asan; or tsan
-#     KV=kv-step/shards ./test.sh  those which a step of doc/steps passes already
+#     KV=./kv-asan ./test.sh       on another build
 #
 # Each test starts a server of its own on a free port and talks to it over TCP. It needs
 # bash, coreutils, awk, grep, sed and cmp, and nc as OpenBSD has it, which knows -N: half-close at
 # the end of the input. Linux tells how much memory and time a process takes (/proc).
 #
-# The tests have the form of bats, and "bats test.sh" runs them, too. It takes three times as long:
-# bats starts bash anew for each test and looks at every step. Here each test is a fork, and several
-# run at once. Those with the tag "alone" measure time; they come last, one after the other.
-#
-# SC2030, SC2031: each test runs as a process, so that its variables end with it.
+# SC2030, SC2031: bats runs each test as a process, so that its variables end with it.
 # SC2016: what single quotes keep from expanding is for an inner bash, or goes to kv as it is.
 # SC1003: so is a backslash before a single quote.
-# SC2317: traps call functions, too.
-# shellcheck disable=SC2030,SC2031,SC2016,SC1003,SC2317
+# shellcheck disable=SC2030,SC2031,SC2016,SC1003
 
 # --- running the tests --------------------------------------------------------------------
 
-main() { # OPTION...: some of those that bats has
-    local options=("$@") name_filter='' tag_filters=() tap='' timing='' jobs
-    local functions=() names=() together=() apart=()
-    local -A unreached=()
-    jobs=$(($(getconf _NPROCESSORS_ONLN) + 2))
-    if [[ ! -t 0 || ! -t 1 || ${CI:-} ]]; then tap=1; fi
-    while (($#)); do
-        case $1 in
-            -f | --filter) name_filter=$2 && shift ;;
-            --filter-tags) tag_filters+=("$2") && shift ;;
-            -j | --jobs) jobs=$2 && shift ;;
-            -p | --pretty) tap='' ;;
-            -t | --tap) tap=1 ;;
-            -T | --timing) timing=1 ;;
-            *) exec bats "${options[@]}" "$0" ;;
-        esac
-        shift
-    done
-    BATS_TEST_DIRNAME=$(dirname "$(realpath "$0")")
-    bats_require_minimum_version() { :; }
-    skip() { # REASON
-        skip_reason=$1 BATS_TEST_COMPLETED=1
-        exit
-    }
-    # shellcheck disable=SC1090  # it is this file
-    source <(with_functions "$0")
-    run_tests
+root=${BATS_TEST_DIRNAME:-$(dirname "$0")}
+KV=$(realpath "${KV:-$root/kv${SANITIZER:+-$SANITIZER}}")
+
+# A step of doc/steps: $reached has the tags of the tests that pass there.
+step=${STEP:-} reached=''
+if [[ $KV = */kv-step/* ]]; then step=${KV##*/}; fi
+if [[ $step && $step != kv ]]; then
+    reached=$(sed -n 's/^# passes: //p' "$root/doc/steps/$step.patch")
+    reached=${reached//,/ }
+fi
+
+# Started directly, this file has bats run it: several tests at a time, where there is GNU parallel.
+# Those with the tag "alone" measure time. They come last, one at a time. So does what -f asks for.
+run_all() { # OPTION OF BATS...
+    local tag together=('!alone') last=(alone) jobs=() failed=0
+    if [[ " $*" = *' -f'* ]]; then exec bats "$@" "$0"; fi
+    if command -v parallel >/dev/null; then jobs=(--jobs $(($(getconf _NPROCESSORS_ONLN) + 2))); fi
+    if [[ $reached ]]; then together=() last=() && for tag in $reached; do together+=("$tag,!alone") last+=("$tag,alone"); done; fi
+    bats "${jobs[@]}" "${together[@]/#/--filter-tags=}" "$@" "$0" || failed=1
+    bats "${last[@]/#/--filter-tags=}" "$@" "$0" || failed=1
+    if [[ $reached ]]; then name_unreached; fi
+    return "$failed"
 }
 
-# Prints the file with a function test_LINE in place of each test, and a list of them at the end.
-with_functions() { # FILE
-    awk -v quote="'\\\\\\\\''" '
-        /^# bats test_tags=/ { tags = substr($0, index($0, "=") + 1) }
-        !/^@test ".*" [{]$/ { print; next }
-        {
-            print "test_" NR "() {"
-            name = written = substr($0, 8, length($0) - 10)
-            gsub(/\047/, quote, written)
-            list = list sprintf("add_test test_%d \047%s\047 \"%s\" \047%s\047\n", NR, tags, name, written)
-            tags = ""
-        }
-        END { printf "%s", list }' "$1"
-}
-
-add_test() { # FUNCTION TAGS NAME NAME-AS-WRITTEN: to those to run, if it is one of them
-    local filter from chosen=''
-    if [[ $name_filter && ! $4 =~ $name_filter ]]; then return; fi
-    if [[ $step ]]; then
-        from=$(step_of "$2")
-        if [[ " $reached " != *" $from "* ]]; then unreached[$from]=$((${unreached[$from]:-0} + 1)) && return; fi
-    fi
-    for filter in "${tag_filters[@]}"; do if has_tags "$2" "$filter"; then chosen=1; fi; done
-    if [[ ! $chosen && ${#tag_filters[@]} != 0 ]]; then return; fi
-    if has_tags "$2" alone; then apart+=("${#names[@]}"); else together+=("${#names[@]}"); fi
-    functions+=("$1") names+=("$3")
-}
-
-has_tags() { # TAGS FILTER: whether those of the filter are among them, and those with a ! are not
-    local tag all=,${1// /},
-    for tag in ${2//,/ }; do
-        if [[ $tag = !* && $all = *,${tag#!},* || $tag != !* && $all != *,$tag,* ]]; then return 1; fi
-    done
-}
-
-# The first step at which a test passes: a test without such a tag passes with kv alone.
-step_of() { # TAGS
-    local tag from=kv
-    for tag in ${1//,/ }; do if [[ -e $BATS_TEST_DIRNAME/doc/steps/$tag.patch ]]; then from=$tag; fi; done
-    echo "$from"
-}
-
-# In one line: which tests are not run, as the step does not pass them yet.
+# In one line: the tests that a step does not pass yet. A test without the tag of a step passes with kv.
 name_unreached() {
-    local from all=0 list=''
-    for from in "${!unreached[@]}"; do all=$((all + unreached[$from])) list+=", ${unreached[$from]} from $from"; done
-    if ((all)); then echo "# $step does not reach $all tests yet: ${list:2}"; fi
+    awk -v step="$step" -v reached=" $reached " '
+        sub(/^# bats test_tags=/, "") { tag = $0; sub(/,?alone,?/, "", tag) }
+        /^@test / {
+            if (tag == "") tag = "kv"
+            if (!index(reached, " " tag " ") && ++all && !n[tag]++) tags[++last] = tag
+            tag = ""
+        }
+        END {
+            for (i = 1; i <= last; i++) list = list ", " n[tags[i]] " from " tags[i]
+            if (all) print "# " step " does not reach " all " tests yet: " substr(list, 3)
+        }' "$0"
 }
 
-run_tests() {
-    local n pids=() begun=() limit=${BATS_TEST_TIMEOUT:-$time_limit} printed=0 failures=0 skipped=0
-    BATS_RUN_TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/kv-test-XXXXXX")
-    trap 'rm -rf "$BATS_RUN_TMPDIR"' EXIT
-    trap 'end_all; exit 130' HUP INT TERM
-    mkfifo "$BATS_RUN_TMPDIR/ended"
-    exec 3>&1 4<>"$BATS_RUN_TMPDIR/ended"
-    setup_file || exit 1
-    if [[ $tap ]]; then echo "1..${#names[@]}"; fi
-    for n in "${together[@]}"; do
-        until ((${#pids[@]} < jobs)); do collect_test; done
-        start_test "$n"
-    done
-    for n in "${apart[@]}"; do
-        while ((${#pids[@]})); do collect_test; done
-        start_test "$n"
-    done
-    while ((${#pids[@]})); do collect_test; done
-    name_unreached
-    if [[ ! $tap ]]; then printf '\n%d tests, %d failures, %d skipped\n' "$printed" "$failures" "$skipped"; fi
-    exit $((failures > 0))
-}
-
-# Each test is a process group, so that it can be ended with all that it has started.
-start_test() { # NUMBER
-    set -m
-    (run_test "$1") >"$BATS_RUN_TMPDIR/$1.out" 2>&1 </dev/null &
-    pids[$1]=$! begun[$1]=${EPOCHREALTIME/./}
-    set +m
-}
-
-end_all() {
-    local n
-    exec 2>/dev/null
-    for n in "${!pids[@]}"; do kill -9 -- "-${pids[n]}"; done
-    wait
-}
-
-# Waits until a test ends, and prints how.
-collect_test() {
-    local n='' ms code=0 how='' mark='✓' color=''
-    until read -r -t 1 -u 4 n && [[ ${pids[n]:-} ]]; do
-        for n in "${!pids[@]}"; do # does one take too long, or has it vanished?
-            ms=$(((${EPOCHREALTIME/./} - begun[n]) / 1000))
-            if ((ms > limit * 1000)); then how=" # timeout after ${limit}s"; fi
-            if [[ $how ]] || ! kill -0 "${pids[n]}" 2>/dev/null; then break 2; fi
-        done
-    done
-    if [[ $how ]]; then kill -9 -- "-${pids[n]}"; fi
-    wait "${pids[n]}" 2>/dev/null || code=$?
-    ms=$(((${EPOCHREALTIME/./} - begun[n]) / 1000))
-    unset "pids[n]"
-    printed=$((printed + 1))
-    if ((code == 77)); then skipped=$((skipped + 1)) mark=- code=0 how=" # skip $(<"$BATS_RUN_TMPDIR/$n.how")"; fi
-    if ((code)); then failures=$((failures + 1)) mark='✗' color=$'\e[31m'; fi
-    if [[ $timing ]]; then how=" in ${ms}ms$how"; fi
-    if [[ $tap ]]; then
-        echo "$( ((code == 0)) || echo 'not ')ok $printed ${names[n]}$how"
-    else echo "$color $mark ${names[n]}$how"; fi
-    if ((code)); then
-        cat "$BATS_RUN_TMPDIR/$n".{how,out} 2>/dev/null | sed 's/^/# /'
-        if [[ ! $tap ]]; then printf '\e[0m'; fi
-    fi
-    rm -rf "${BATS_RUN_TMPDIR:?}/$n" "$BATS_RUN_TMPDIR/$n".{how,out}
-}
-
-# The process of a test: its status says how it ended.
-run_test() { # NUMBER
-    SECONDS=0 failed_at=() skip_reason='' BATS_TEST_COMPLETED='' test_process=$BASHPID
-    test_number=$1 # where a test fails, $1 is another in the trap
-    BATS_TEST_TMPDIR=$BATS_RUN_TMPDIR/$1
-    mkdir "$BATS_TEST_TMPDIR"
-    trap - HUP INT TERM
-    trap 'end_test "$test_number"' EXIT
-    trap note_failure ERR
-    set -eE
-    setup
-    "${functions[$1]}"
-    BATS_TEST_COMPLETED=1
-}
-
-note_failure() { # keeps the lines that led to it
-    local i
-    if [[ $BASHPID != "$test_process" ]]; then return; fi
-    failed_at=()
-    for ((i = 1; i < ${#FUNCNAME[@]}; i++)); do
-        failed_at+=("${BASH_LINENO[i - 1]}")
-        if [[ ${FUNCNAME[i]} = test_* || ${FUNCNAME[i]} = setup ]]; then break; fi
-    done
-}
-
-end_test() { # NUMBER
-    local code=0 line
-    trap - ERR EXIT
-    set +e
-    teardown || code=1
-    if [[ ! $BATS_TEST_COMPLETED ]]; then code=1; elif [[ $skip_reason && $code = 0 ]]; then code=77; fi
-    if ((code == 77)); then echo "$skip_reason"; else
-        for line in "${failed_at[@]}"; do
-            echo "line $line: $(sed -n "$line { s/^ *//; p; }" "$0")"
-        done
-    fi >"$BATS_TEST_TMPDIR.how"
-    echo "$1" >&4
-    exit "$code"
-}
-
-if [[ $0 = "${BASH_SOURCE[0]}" ]]; then main "$@"; fi
+if [[ ! ${BATS_VERSION:-} ]]; then run_all "$@" && exit || exit 1; fi
 
 # --- what differs from build to build ------------------------------------------------------
 
 bats_require_minimum_version 1.5.0
 export LC_ALL=C # bytes are bytes
-KV=$(realpath "${KV:-$BATS_TEST_DIRNAME/kv${SANITIZER:+-$SANITIZER}}")
-
-# A step of doc/steps: $reached has the tags of the tests that pass there.
-step=${STEP:-} reached=''
-if [[ $KV = */kv-step/* ]]; then step=${KV##*/}; fi
-if [[ $step ]]; then
-    reached=$(sed -n 's/^# passes: //p' "$BATS_TEST_DIRNAME/doc/steps/$step.patch")
-    reached=${reached//,/ }
-fi
 
 # Sanitizers cost time, and memory that says nothing about kv. ThreadSanitizer gives up when
 # one thread holds 64 locks, and at some 8,000 threads; what others do with a number of keys is
 # done there with a part of them. LeakSanitizer needs seconds to end after 10,000 threads.
 sanitized=${SANITIZER:-} connections=10000 for_all=() time_limit=120 part=1
 case $sanitized in
-    tsan) connections=2000 for_all=(-s 32) time_limit=240 part=5 ;;
-    asan) connections=5000 time_limit=240 ;;
+    tsan) connections=1000 for_all=(-s 32) time_limit=240 part=5 ;;
+    asan) connections=2000 time_limit=240 ;;
 esac
-if [[ $step && " $reached " != *' shards '* ]]; then for_all=(); fi # it knows no -s yet
+if [[ $reached && " $reached " != *' shards '* ]]; then for_all=(); fi # it knows no -s yet
 time_limit=${TIME_LIMIT:-$time_limit}
 # That kv ends in a hurry, with a thread not joined, is what a second signal asks for.
 export TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
@@ -250,6 +90,7 @@ setup_file() {
 }
 
 setup() {
+    trap - DEBUG # bats notes each command that it runs, which takes a quarter of the time
     tmp=$BATS_TEST_TMPDIR log=$BATS_TEST_TMPDIR/log
     pid='' port='' status='' took='' line='' c=''
     fds=() helpers=()
@@ -312,9 +153,9 @@ gone() { ! kill -0 "$@" 2>/dev/null; } # PID...: whether none of them runs
 # --- waiting ------------------------------------------------------------------------------
 
 # Tries a command until it succeeds, after 2, 4, 8, then every 16 ms, for $patience seconds at
-# most, or 20.
+# most, or 40.
 wait_until() { # COMMAND...
-    local end=$((SECONDS + ${patience:-20})) ms=1 pause
+    local end=$((SECONDS + ${patience:-40})) ms=1 pause
     until "$@" >"$tmp/waiting"; do
         if ((SECONDS >= end)) || [[ ${BATS_INTERRUPTED:-} ]]; then # the latter by Ctrl-C
             echo "waited in vain until: $*"
@@ -339,7 +180,18 @@ talk() { nc -N -w 60 127.0.0.1 "$port"; }
 ask() { printf '%s\n' "$@" | talk; } # LINE...
 
 is() { # LINE...: whether the input is these lines, to the byte
-    if (($#)); then diff -a <(printf '%s\n' "$@") -; else cmp - /dev/null; fi
+    local want='' got nul=''
+    if (($#)); then printf -v want '%s\n' "$@"; fi
+    if ((${#want} > 2000)); then
+        diff -a <(printf %s "$want") -
+        return
+    fi
+    if IFS= read -r -d '' got; then nul='a NUL byte, and '; fi
+    if [[ $nul || $got != "$want" ]]; then
+        echo "$nul<: expected, >: received"
+        diff -a <(printf %s "$want") <(printf %s "$got" && cat)
+        return 1
+    fi
 }
 
 is_like() { # REGEX...: whether the input has one line for each, and they match
@@ -380,6 +232,11 @@ receive() { IFS= read -r -t 20 -u "$1" line; } # FD: sets $line to the next line
 answers() { # FD REQUEST REPLY
     send "$1" "$2" && receive "$1"
     [[ $line == "$3" ]] || { echo "$2: expected $3, not $line" && return 1; }
+}
+
+next_is() { # FD LINE
+    receive "$1"
+    [[ $line == "$2" ]] || { echo "expected $2, not $line" && return 1; }
 }
 
 closed() { # FD: whether the server closes it, without another byte
@@ -424,7 +281,11 @@ deadlines_are() { # COUNT: so many keys have one
 }
 
 # How many are connected: all sockets but the listener's.
-clients() { echo $(($(find "/proc/$pid/fd" -lname 'socket:*' 2>/dev/null | wc -l) - 1)); }
+clients() {
+    local fd n=-1
+    for fd in "/proc/$pid/fd"/*; do if [[ -S $fd ]]; then n=$((n + 1)); fi; done
+    echo "$n"
+}
 
 clients_are() { (($(clients) == $1)); } # COUNT
 
@@ -468,7 +329,13 @@ refuses() { # STATUS REGEX ARGUMENT...
     fi
 }
 
-x() { head -c "$1" /dev/zero | tr '\0' x; } # N: prints that many x
+x() { # N: prints that many x
+    local blanks
+    if (($1 > 5000)); then head -c "$1" /dev/zero | tr '\0' x; else
+        printf -v blanks '%*s' "$1" ''
+        printf %s "${blanks// /x}"
+    fi
+}
 
 # A loop in a test is slow, for bats looks at each step. Only for subshells.
 quickly() { trap - DEBUG && "$@"; }
@@ -715,7 +582,7 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
             wait_until clients_are 0
             if [[ $request = PING ]]; then for i in {1..10}; do connect && answers "$c" PING PONG; done; fi
             begin=$(now_ms)
-            (quickly strangers 1000 "$request")
+            (quickly strangers 300 "$request")
             most=$((($(now_ms) - begin) / 1000 + 2)) logged=$(grep -c WARN "$log")
             echo "$start, $request: $logged lines, at most $most are right"
             ((logged >= 1 && logged <= most))
@@ -1120,11 +987,14 @@ keepalive() { # OPTION FILE
     sed -n "s/.* $1, \[\([0-9]*\)\], 4) = 0\$/\1/p" "$tmp/trace" | grep . || cat "/proc/sys/net/ipv4/$2"
 }
 
+# As a grandchild, so that kv is a child of the test; stopping kv only for the calls in question.
+strace=(strace -D -f --seccomp-bpf)
+
 # Like start_kv; what it asks of the kernel is in $tmp/trace after end_trace.
 start_traced_kv() { # SYSCALL OPTION...
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
-    leash+=(strace -D -f -e "trace=$1" -o "$tmp/trace")
+    leash+=("${strace[@]}" -o "$tmp/trace" -e "trace=$1")
     start_kv "${@:2}"
 }
 
@@ -1154,7 +1024,7 @@ end_trace() {
     connect
     start=$(now_ms)
     for ((i = 1; i <= 100; i++)); do answers "$c" 'INCR n' "$i"; done
-    (($(now_ms) - start < 2000))
+    (($(now_ms) - start < 10000))
 }
 
 @test "a reply of many megabytes arrives whole" {
@@ -1578,11 +1448,11 @@ END
     deadlines_are 1500
 }
 
-# At first odd keys are to live on, then 1 to 2000; all others expire, in any order.
+# At first odd keys are to live longer, then 1 to 2000; all others expire soon, in any order.
 deadlines() {
     local k
     while read -r k; do
-        echo "SET k$k $k PX $((k % 2 ? 900000 + k : 1000 + k * 7 % 400))"
+        echo "SET k$k $k PX $((k % 2 ? 900000 + k : 50000 + k * 7 % 400))"
     done <"$tmp/order"
     shuf "$tmp/order" | while read -r k; do
         echo "PEXPIRE k$k $((k <= 2000 ? 900000 - k : 1000 + k * 13 % 400))"
@@ -1597,6 +1467,7 @@ deadlines() {
     (($(cpu_ticks) - before <= (${#sanitized} ? 20 : 4)))
 }
 
+# bats test_tags=alone
 @test "100,000 keys that expire in one second do not hold up another client" {
     start_idle_kv
     start_kv -s 1
@@ -2041,7 +1912,7 @@ PYTHON
     start=$(now_ms)
     closed "$c"
     took=$(($(now_ms) - start))
-    ((took >= 990 && took < 6000))
+    ((took >= 990 && took < 9000))
 }
 
 # A slot is free before its client can know that the connection has ended.
@@ -2062,14 +1933,15 @@ one_by_one() { # COUNT: each asks, quits, and waits for the end of its connectio
 }
 
 # Here the thread that learns of the end and the one that accepts the next client begin at the same
-# moment. Which is first is chance, so somebody may be refused; but not one in ten.
+# moment. Which is first is chance, so somebody may be refused; but not most.
+# bats test_tags=alone
 @test "at the limit (-c 1) of 3,000 clients that come one after the other, and leave without a word, few are refused" {
     start_kv -c 1
     wait_until clients_are 0
     for try in 1 2 3; do
         refused=$(quickly hurried 3000 2>/dev/null | grep -c 'max number of clients' || true)
         echo "try $try: $refused of 3000 were refused"
-        if ((refused < (${#sanitized} ? 1000 : 300))); then return 0; fi
+        if ((refused < 1000)); then return 0; fi
     done
     false
 }
@@ -2166,7 +2038,7 @@ hurried() { # COUNT: each asks, takes the reply and closes
 @test "clients that wait to be accepted when SIGTERM comes are answered, though there are hundreds" {
     start_kv
     kill -STOP "$pid"
-    n=$((400 / part)) # kv accepts for a second
+    n=400 && if [[ $sanitized ]]; then n=20; fi # kv accepts for a second
     (quickly stop_with_queue "$n") | sort -n | cmp - <(seq "$n")
     stop_kv none
     ((status == 0))
@@ -2176,7 +2048,7 @@ hurried() { # COUNT: each asks, takes the reply and closes
     trace_kv -e trace=accept,accept4 -e inject=accept,accept4:error=ENFILE:when=3..4
     start_kv
     kill -STOP "$pid"
-    (quickly stop_with_queue 20) | sort -n | cmp - <(seq 20)
+    (quickly stop_with_queue 8) | sort -n | cmp - <(seq 8)
     stop_kv none
     ((status == 0))
 }
@@ -2232,13 +2104,19 @@ stop_with_queue() { # COUNT [FILE]
     done
 }
 
+# Goes on sending INCR KEY. kv always has something to do, but blanks make it little: the server ends
+# such a connection with a reset, and replies that are on the way then are lost. That happens to a
+# reader whom a busy machine makes wait; so there are several tries.
+without_end='exec yes "INCR $2$(printf %50000s)" >&"$1" 2>/dev/null'
+
 @test "what is run is answered, also to a client that goes on sending and reading after SIGTERM" {
-    for round in 1 2; do
+    exact=0
+    for try in 1 2 3 4 5; do
         rm -f "$tmp/aof" "$tmp"/replies.*
         start_aof
         connect
         stream=$c
-        background bash -c 'exec yes "INCR 0" >&"$1"' - "$stream" 2>/dev/null
+        background bash -c "$without_end" - "$stream" 0
         background bash -c 'exec cat <&"$1"' - "$stream" >"$tmp/replies.0" 2>/dev/null
         readers=("${helpers[-1]}")
         for i in 1 2 3 4; do # these wait for each reply
@@ -2253,13 +2131,17 @@ stop_with_queue() { # COUNT [FILE]
         wait_until gone "${readers[@]}"
         start_aof # the file tells what was run
         for i in {0..4}; do
-            echo "client $i: $(ask "GET $i") requests were run, $(wc -l <"$tmp/replies.$i") answered"
-            tail -n 1 "$tmp/replies.$i" | is "$(ask "GET $i")"
+            ran[i]=$(ask "GET $i") answered[i]=$(tail -n 1 "$tmp/replies.$i")
+            echo "try $try, client $i: ${ran[i]} requests were run, ${answered[i]} answered"
+            if ((i > 0)); then ((ran[i] == answered[i])); fi
         done
+        if ((ran[0] == answered[0])); then exact=$((exact + 1)); fi
+        if ((exact == 2)); then return 0; fi
         stop_kv
         for c in "${fds[@]}"; do disconnect "$c"; done
         fds=()
     done
+    false
 }
 
 @test "KEYS of a huge pattern against a huge key does not delay SIGTERM, though its client has left" {
@@ -2284,7 +2166,7 @@ set_to_work() {
     patience=5 wait_until at_work || true
 }
 
-at_work() { (($(cpu_ticks) > before + 30)); }
+at_work() { (($(cpu_ticks) > before + 10)); }
 
 # A list that says how many there are is believed.
 @test "KEYS that SIGTERM cuts short does not pass for the full list" {
@@ -2338,7 +2220,8 @@ at_work() { (($(cpu_ticks) > before + 30)); }
         start_kv
         ask "SET k $(x 100000)" | is OK
         connect
-        for i in {1..200}; do echo 'GET k'; done >"$tmp/in"
+        count=200 && if [[ $sanitized ]]; then count=60; fi
+        yes 'GET k' | head -n "$count" >"$tmp/in"
         cat "$tmp/in" >&"$c" # all of this has arrived; not even half of the replies fits into buffers
         wait_until commands_rest
         kill -s "$first" "$pid"
@@ -2346,7 +2229,7 @@ at_work() { (($(cpu_ticks) > before + 30)); }
         kill -s "$second" "$pid"
         wait_until grep -q stopping "$log"
         rest "$c" >"$tmp/out"
-        (($(wc -l <"$tmp/out") == 200 && $(wc -c <"$tmp/out") == 200 * 100001))
+        (($(wc -l <"$tmp/out") == count && $(wc -c <"$tmp/out") == count * 100001))
         stop_kv none
         ((status == 0))
         grep stopped "$log"
@@ -2532,16 +2415,17 @@ alike_requests() { # keys grow
     connect
     resp SET key $'a\r\nb $1 *1' >"$tmp/request"
     resp GET key >>"$tmp/request"
-    size=$(wc -c <"$tmp/request")
-    for ((i = 0; i < size; i++)); do
-        dd if="$tmp/request" bs=1 skip="$i" count=1 status=none >&"$c"
+    IFS= read -r -d '' request <"$tmp/request" || true
+    for ((i = 0; i < ${#request}; i++)); do
+        printf %s "${request:i:1}" >&"$c"
+        sleep 0.002
     done
-    timeout 20 head -n 4 <&"$c" | is $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'
-    for ((i = 1; i < size; i += 3)); do
-        head -c "$i" "$tmp/request" >&"$c"
+    for line in $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'; do next_is "$c" "$line"; done
+    for ((i = 1; i < ${#request}; i += 3)); do
+        send_packet "$c" %s "${request:0:i}"
         wait_until takes_input
-        tail -c "+$((i + 1))" "$tmp/request" >&"$c"
-        timeout 20 head -n 4 <&"$c" | is $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'
+        send_packet "$c" %s "${request:i}"
+        for line in $'+OK\r' $'$10\r' $'a\r' $'b $1 *1\r'; do next_is "$c" "$line"; done
     done
 }
 
@@ -2621,8 +2505,10 @@ takes_input() {
     command -v redis-benchmark || skip "redis-benchmark is missing: make deps installs it"
     start_kv
     # It takes its time to connect: 64 every 50 ms. CI asks for 10,000 once.
-    for options in '-t set,get,incr -n 100000 -c 50 -P 16 -r 100000' \
-        "-t set -n 20000 -c ${CONNECTIONS:-500}" '-t set,get -n 20000 -c 50 --threads 2'; do
+    many=${CONNECTIONS:-500}
+    for options in '-t set,get,incr -n 20000 -c 50 -P 16 -r 100000' \
+        "-t set -n $((many * 10)) -c $many" \
+        '-t set,get -n 5000 -c 50 --threads 2'; do
         read -r -a words <<<"$options"
         timeout 50 redis-benchmark -p "$port" -q "${words[@]}" >"$tmp/out" 2>&1
         tr '\r' '\n' <"$tmp/out" | grep -q 'requests per second'
@@ -3558,7 +3444,7 @@ fi
         for key in {0..5}; do echo "$i:$key"; done
     done >"$tmp/keys"
     policies=(always everysec no) unfinished=0
-    kills=10 && if [[ $sanitized = tsan ]]; then kills=4; fi
+    kills=6 && if [[ $sanitized = tsan ]]; then kills=4; fi
     for ((kill = 0; kill < ${KILLS:-$kills}; kill++)); do
         if ((kill % 6 == 0)); then rm -f "$tmp/aof" && : >"$tmp/state"; fi
         start_aof --fsync "${policies[kill % 3]}"
@@ -3692,8 +3578,8 @@ contents() { # [PORT]
     local now
     # Unlike kv, redis-cli takes a quote within a plain word for the start of a quoted one.
     sed '/^"/! { s/[\\"]/\\&/g; s/.*/"&"/; }' "$tmp/keys" >"$tmp/words"
-    now=$(now_ms)
     sed 's/.*/GET &/' "$tmp/words" | redis-cli -p "${1:-$port}"
+    now=$(now_ms)
     sed 's/.*/PTTL &/' "$tmp/words" | redis-cli -p "${1:-$port}" >"$tmp/pttls"
     not grep -Evn '^-?[0-9]+$' "$tmp/pttls"
     awk -v now="$now" '{ print $1 < 0 ? $1 : int(($1 + now) / 10000) }' "$tmp/pttls"
@@ -3718,7 +3604,7 @@ keys() { ask KEYS | head -n -1 | sort >"$tmp/keys"; } # all of them, to $tmp/key
 # Of each key only the last record counts. So there are many keys, and all work on the same one.
 @test "what many connections do to the same keys at the same time is the same after a crash" {
     start_aof
-    n=$((20000 / part))
+    n=$((10000 / part))
     awk -v n="$n" 'BEGIN {
         for (i = 0; i < n; i++) {
             key = "k" i
@@ -3738,18 +3624,19 @@ keys() { ask KEYS | head -n -1 | sort >"$tmp/keys"; } # all of them, to $tmp/key
 
 @test "FLUSHALL amid writers is one moment for all keys, in memory and in the file" {
     start_aof
-    for i in {1..5}; do
-        seq -f "SET w$i:%.0f x" 20000 | talk >"$tmp/out.$i" &
-        writers[i]=$!
+    for round in 1 2 3; do # what the last FLUSHALL of each has mixed up stays
+        rm -f "$tmp"/out.*
+        connect
+        for i in {1..5}; do
+            seq -f "SET w$i:%.0f x" 20000 | talk >"$tmp/out.$i" &
+            writers[i]=$!
+        done
+        until (($(cat "$tmp"/out.* | wc -l) > 40000)); do answers "$c" FLUSHALL OK; done
+        wait "${writers[@]}"
+        ask KEYS | sort >"$tmp/before"
+        restart
+        ask KEYS | sort | cmp - "$tmp/before"
     done
-    until gone "${writers[@]}"; do
-        ask FLUSHALL | is OK
-        sleep 0.02
-    done
-    wait "${writers[@]}"
-    ask KEYS | sort >"$tmp/before"
-    restart
-    ask KEYS | sort | cmp - "$tmp/before"
 }
 
 # Starts a server on each of these files, all at once; FILE.log is its log.
@@ -3807,15 +3694,16 @@ abc() { ask 'GET a' 'GET b' 'GET c' DBSIZE; }
 }
 
 check_cuts() { # FILE...
-    local file i warned
+    local file i warned text
     for file; do
         for ((i = 0; ${file##*.} >= ends[i + 1] && i < 6; i++)); do :; done
-        warned=$(grep -c "WARN .*byte ${ends[i]}\b" "$file.log" || true)
+        text=$(<"$file.log") warned=0
+        if [[ $text =~ WARN\ .*byte\ ${ends[i]}[^0-9] ]]; then warned=1; fi
+        ((warned == (${file##*.} > ends[i]))) || { echo "$file: $text" && return 1; }
         turn_to "$file"
-        cmp "$file" <(head -c "${ends[i]}" "$tmp/aof") || return 1
-        [[ $(abc) = "${values[i]}" && $warned = $((${file##*.} > ends[i])) ]] ||
-            { echo "$file, after batch $i: $(abc)" && cat "$file.log" && return 1; }
-        ask 'INCR new' | is 1 || return 1
+        cmp -n "${ends[i]}" "$file" "$tmp/aof" || return 1
+        (($(stat -c %s "$file") == ends[i])) || { ls -l "$file" && return 1; }
+        ask 'GET a' 'GET b' 'GET c' DBSIZE 'INCR new' | is "${values[i]}" 1 || return 1
     done
 }
 
@@ -3890,15 +3778,16 @@ flips() { # FIRST
     local at i code file=$tmp/flipped.$1 text
     for ((at = $1; at < ends[6] - 23; at += 4)); do
         flip "$at" >"$file"
+        cp "$file" "$file.copy"
         code=0
         timeout 20 "$KV" -p 0 -s 4 --aof "$file" 2>"$tmp/stderr.$1" || code=$?
         text=$(<"$tmp/stderr.$1")
         for ((i = 6; i > 0 && at < ends[i - 1]; i--)); do :; done # it is in batch i
-        if [[ $code != 1 || $(wc -l <<<"$text") != 1 ]] || ! tells_of_flip; then
+        if [[ $code != 1 || $text = *$'\n'* ]] || ! tells_of_flip; then
             echo "byte $at of batch $i: status $code, $text"
             return 1
         fi
-        cmp "$file" <(flip "$at") || return 1
+        cmp "$file" "$file.copy" || return 1
     done
 }
 
@@ -3910,7 +3799,7 @@ tells_of_flip() { # looks at what flips has set
 
 # Whether a line says where the damage is, how to cut it off, and how much that would lose.
 names_damage() { # LINE OFFSET FILE
-    local lost=$(($(size_of "$3") - $2))
+    local lost=$((ends[6] - $2)) # of the $ends of six_batches
     [[ $1 =~ ERROR\ .*\ byte\ ${2}[^0-9] && $1 =~ truncate\ -s\ ${2}\ .*${3} &&
         $1 =~ [^0-9]${lost}\ bytes ]]
 }
@@ -4373,7 +4262,7 @@ last_is_there() { [[ $(redis-cli -p "$second" GET last) = 1 ]]; }
 trace_kv() { # STRACE-OPTION...
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
-    leash+=(strace -D -f -o "$tmp/trace" "$@")
+    leash+=("${strace[@]}" -o "$tmp/trace" "$@")
 }
 
 # With this many connections and no pipelining an fsync should serve some thirty writes.
@@ -4424,7 +4313,7 @@ synced_first='
     start_aof
     ask 'SET a 1' | is OK
     # The second server has opened the file, and waits a moment before it asks for the lock.
-    "${leash[@]}" strace -D -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=700000 \
+    "${leash[@]}" "${strace[@]}" -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=700000 \
         "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>"$tmp/second" 3>&- 4>&- &
     second=$!
     helpers+=("$second")
@@ -4461,7 +4350,7 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
     for policy in always everysec no; do
         rm -f "$tmp/trace" "$tmp/aof" "$tmp/answers"
         start_aof --fsync "$policy"
-        yes 'INCR n' | head -n 20000 | talk >"$tmp/answers" &
+        yes 'INCR n' | head -n $((20000 / part)) | talk >"$tmp/answers" &
         client=$!
         wait_until [ -s "$tmp/answers" ]
         end_trace
@@ -4475,7 +4364,7 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
 }
 
 @test "no reply reveals what a crash could undo: while an fsync lasts, who looks at that key waits" {
-    trace_kv -e trace=fsync,fdatasync -e inject=fsync,fdatasync:delay_enter=1000000:when=5+
+    trace_kv -e trace=fsync,fdatasync -e inject=fsync,fdatasync:delay_enter=2000000:when=5+
     start_aof --fsync always -s 4096 # so that hardly any two keys share a shard
     connect
     writer=$c
@@ -4504,10 +4393,10 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
         receive "${waiting[4]}" && [[ $line = '(1 key)' ]]
         receive "$writer" && [[ $line = "$try" ]]
         lasted=$(($(now_ms) - start))
-        if ((took < 950 && lasted >= 990)); then break; fi
+        if ((took < 1900 && lasted >= 1990)); then break; fi
     done
     echo "descriptors $early had a reply after $took ms, all after $lasted"
-    [[ ! $early ]] && ((took < 950 && lasted >= 990))
+    [[ ! $early ]] && ((took < 1900 && lasted >= 1990))
 }
 
 larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
@@ -4611,9 +4500,18 @@ start_on_full_disk() { # [OPTION...]: sets $full to the size that the file can r
     start_on_full_disk --fsync always
     ask 'SET a 10' | is_like '\(error\) MISCONF .*'
     start=$(now_ms)
+    connect
     for i in {1..5}; do
-        ask 'SET b 20' 'DEL a' 'INCR n' FLUSHALL 'EXPIRE b 100' | sort -u | is_like '\(error\) MISCONF .*'
-        ask 'GET b' 'EXISTS n' 'TTL b' DBSIZE PING 'GET a' | is_like 2 0 -1 3 PONG '1|10'
+        for request in 'SET b 20' 'DEL a' 'INCR n' FLUSHALL 'EXPIRE b 100'; do
+            send "$c" "$request" && receive "$c"
+            [[ $line = '(error) MISCONF '* ]]
+        done
+        answers "$c" 'GET b' 2
+        answers "$c" 'TTL b' -1
+        answers "$c" 'EXISTS n' 0
+        answers "$c" DBSIZE 3
+        send "$c" 'GET a' && receive "$c"
+        [[ $line = 1 || $line = 10 ]]
     done
     (($(now_ms) - start < 4000)) # nobody waits a second until the file is tried again
     grep -E 'ERROR .*: File too large' "$log"
@@ -4686,14 +4584,15 @@ all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/
     ask 'GET a' 'GET b' DBSIZE | is 1 20 3
 }
 
-# Makes a file of 4 million records, 140 MB, which takes a while to read: one batch many times.
-long_file() {
+# Makes a file of 100,000 records, 3.5 MB, so many times: one batch again and again. It takes a
+# while to read.
+long_file() { # TIMES
     start_aof --fsync no
     seq -f 'SET k%.0f value' 1000 | talk | uniq -c | is_like ' *1000 OK'
     stop_kv
     tail -n +2 "$tmp/aof" >"$tmp/thousand"
     for i in {1..100}; do cat "$tmp/thousand"; done >"$tmp/many"
-    for ((i = 0; i < (${#sanitized} ? 4 : 40); i++)); do cat "$tmp/many"; done >>"$tmp/aof"
+    for ((i = 0; i < (part > 1 ? 1 : ${#sanitized} ? 4 : $1); i++)); do cat "$tmp/many"; done >>"$tmp/aof"
     rm "$tmp/many"
 }
 
@@ -4719,7 +4618,7 @@ takes_time() { # PID: it has had the processor for 30 ms
 }
 
 @test "a start of more than a second shows its progress" {
-    long_file
+    long_file 10
     start_reading
     kill -STOP "$pid"
     sleep 1
@@ -4730,7 +4629,7 @@ takes_time() { # PID: it has had the processor for 30 ms
 }
 
 @test "SIGTERM and SIGHUP while the file is read end the server at once, also as process 1, and the file is untouched" {
-    long_file
+    long_file 20
     before=$(stat -c '%s bytes, last changed %y' "$tmp/aof")
     for signal in TERM HUP; do
         start_reading
@@ -4761,17 +4660,22 @@ ended_in_peace() { # long before the whole file was read
 }
 
 @test "a client that goes on sending while the server stops has an answer to all that is in the file" {
-    start_aof
-    connect
-    background bash -c 'exec yes "INCR n" >&"$1" 2>/dev/null' - "$c"
-    background bash -c 'exec timeout 20 cat <&"$1" >"$2"' - "$c" "$tmp/answers"
-    wait_until [ -s "$tmp/answers" ]
-    stop_kv
-    ((status == 0 && took < 5000))
-    wait_until gone "${helpers[-1]}"
-    answered=$(wc -l <"$tmp/answers")
-    tail -n 1 "$tmp/answers" | is "$answered"
-    tail -n 2 "$tmp/aof" | head -n 1 | is "$answered"$'\r'
+    for try in 1 2 3 4 5; do
+        rm -f "$tmp/aof" "$tmp/answers"
+        start_aof
+        connect
+        background bash -c "$without_end" - "$c" n
+        background bash -c 'exec timeout 20 cat <&"$1" >"$2"' - "$c" "$tmp/answers"
+        wait_until [ -s "$tmp/answers" ]
+        stop_kv
+        ((status == 0 && took < 5000))
+        wait_until gone "${helpers[-1]}"
+        answered=$(wc -l <"$tmp/answers") written=$(tail -n 2 "$tmp/aof" | head -n 1)
+        echo "try $try: $answered requests were answered, and the file says ${written%?}"
+        tail -n 1 "$tmp/answers" | is "$answered"
+        if [[ $written = "$answered"$'\r' ]]; then return 0; fi
+    done
+    false
 }
 
 @test "a file that is deleted while the server runs is an error at its end, one that is moved is not" {
@@ -5103,7 +5007,7 @@ old_or_new() { # counts them in $olds and $news
     old_or_new
     ((news == 1))
     echo "a compaction takes $lasts ms"
-    kills=30 && if [[ $sanitized ]]; then kills=8; fi
+    kills=30 && if [[ $sanitized ]]; then kills=10; fi
     leftovers=0
     for ((kill = 0; kill < kills; kill++)); do
         ms=$((RANDOM % (lasts + 1)))
@@ -5225,7 +5129,7 @@ old_or_new() { # counts them in $olds and $news
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
     file_to_compact
-    "${leash[@]}" strace -D -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=3000000 \
+    "${leash[@]}" "${strace[@]}" -o /dev/null -e trace=fcntl -e inject=fcntl:delay_enter=3000000 \
         "$KV" -p 0 "${for_all[@]}" --aof "$tmp/aof" </dev/null 2>"$tmp/second" 3>&- 4>&- &
     second=$!
     helpers+=("$second")
@@ -5304,6 +5208,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
     ((us > 300 && us < took * 1000 + 1000))
 }
 
+# bats test_tags=alone
 @test "globs that explode a backtracking matcher answer within milliseconds" {
     start_kv
     connect
@@ -5318,6 +5223,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
     done
 }
 
+# bats test_tags=alone
 @test "keys that collide under FNV-1a, the hash of many servers, slow nothing" {
     start_kv
     # Each of 14 blocks is taken from the one or from the other; see doc/measure/collide.c.
@@ -5350,6 +5256,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
 }
 
 # KEYS locks one shard at a time. With -s 1 it would hold up everybody.
+# bats test_tags=alone
 @test "KEYS over a million keys does not hold up another client" {
     start_idle_kv
     start_kv
@@ -5371,6 +5278,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
     false
 }
 
+# bats test_tags=alone
 @test "a megabyte of control bytes that is read in text does not hold up its shard" {
     start_idle_kv
     start_kv -s 1
@@ -5378,13 +5286,14 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
         talk | is $'+OK\r'
     yes 'GET z' | head -n 200 >"$tmp/in"
     connect
-    for try in 1 2 3 4 5; do
+    for try in {1..20}; do
         background bash -c 'exec nc -w 60 127.0.0.1 "$1" <"$2"' - "$port" "$tmp/in" >/dev/null
-        read -r longest usual < <(quickly slowest_gets 500 "$c")
+        read -r longest usual < <(quickly slowest_gets 100 "$c")
         kill -9 "${helpers[-1]}" 2>/dev/null || true
         unset 'helpers[-1]'
         echo "try $try: the slowest GET took $longest us, at an idle server $usual us"
-        # 5 ms for the reply, twice if the lock is taken again at once, and some for a busy machine.
+        # 5 ms for the reply, twice if the lock is taken again at once, and some for a busy machine: it
+        # stops a thread that holds the lock now and then, but not in each tenth of a second.
         if ((longest - usual < (${#sanitized} ? 2000000 : 15000))); then return 0; fi
     done
     false
@@ -5481,11 +5390,11 @@ all_are_served_or_wait() { # of 45 clients with 40 descriptors
 @test "when accept fails (ENFILE, EMFILE, ENOMEM) the server lives, and serves who comes or waits" {
     plain=("${leash[@]}")
     for error in ENFILE EMFILE ENOMEM; do
-        for count in 1 20; do
+        for count in 1 12; do
             trace_kv -e trace=accept,accept4 -e "inject=accept,accept4:error=$error:when=1..$count"
             start_kv
             open=$(descriptors)
-            for i in {1..21}; do ask PING; done | uniq >"$tmp/out"
+            for i in {1..13}; do ask PING; done | uniq >"$tmp/out"
             cat "$tmp/out"
             tail -n 1 "$tmp/out" | is PONG
             not grep -vx $'PONG\|-ERR max number of clients reached\r' "$tmp/out"
@@ -5533,7 +5442,7 @@ descriptors() { find "/proc/$pid/fd" -type l | wc -l; }
     start_kv --max-request 536870912
     ask 'SET a 1' | is OK
     memory_limit 100000000
-    for i in 1 2 3; do
+    for i in 1 2; do
         { printf 'SET k ' && x 70000000 && echo; } | talk >"$tmp/out" || true
         { printf '*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$70000000\r\n' && x 70000000 && printf '\r\n'; } | talk >>"$tmp/out" || true
         not grep -v 'OOM out of memory' "$tmp/out" # OOM, or the end of the connection
@@ -5624,13 +5533,14 @@ p95() { # COUNT FD: asks that often and prints the time, in us, that 95 of 100 s
     done | sort -n | sed -n "$(($1 * 95 / 100))p"
 }
 
+# bats test_tags=alone
 @test "2,000 clients that are slow, deaf, or come and go do not slow down one that behaves" {
     count=2000 && if [[ $sanitized ]]; then count=400; fi
     start_kv
     ask "SET k $(x 20000)" 'SET w 1' | is OK OK
     connect
     good=$c
-    alone=$(quickly p95 2000 "$good")
+    alone=$(quickly p95 500 "$good")
     for i in 1 2 3 4; do
         background bash -c "$slow_senders" - "$port" $((count / 5)) >"$tmp/crowd.$i"
     done
@@ -5639,7 +5549,7 @@ p95() { # COUNT FD: asks that often and prints the time, in us, that 95 of 100 s
     wait_until crowd_is_there
     wait_until clients_at_least "$count"
     for try in 1 2 3 4 5; do # a busy machine may slow down anybody, but not each time
-        crowded=$(quickly p95 2000 "$good")
+        crowded=$(quickly p95 500 "$good")
         echo "try $try: 95 of 100 requests took up to $alone us alone, $crowded us in the crowd"
         ((crowded > alone * 2 + (${#sanitized} ? 2000 : 100))) || break
         ((try < 5))
@@ -5837,7 +5747,7 @@ mean() { # NUMBER...
 # SOAK_SECONDS=600 ./test.sh -f soak is the long form: then memory must be flat to within 2 %, that of
 # the last quarter of the rounds beside that of the quarter before.
 @test "soak: 200 connections come and go with all commands, and every reply is what the model says" {
-    seconds=${SOAK_SECONDS:-2} count=200 steps=150 slack=25
+    seconds=${SOAK_SECONDS:-2} count=$((${SOAK_SECONDS:-0} ? 200 : 40)) steps=150 slack=25
     if ((seconds >= 600)); then slack=2; fi
     if [[ $sanitized ]]; then count=40; fi
     start_aof
