@@ -943,15 +943,17 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
     d.entry->slot = (uint32_t)slot;
 }
 
-/* Puts d into the heap, where slot is free: in slot, or further up as long as the parent
-   is later, or further down as long as a child is sooner. If it has gone up, one child is
-   now the old parent, which is later than d, and the other one was a child of that
-   parent, so it is not sooner. Then d does not go down again. */
-static void heap_place(struct table *t, size_t slot, struct deadline d) {
+/* slot is free. Moves it up, as long as the parent is later than d, and puts d there. */
+static void heap_up(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
         slot /= 2;
     }
+    heap_put(t, slot, d);
+}
+
+/* slot is free. Moves it down, as long as a child is sooner than d, and puts d there. */
+static void heap_down(struct table *t, size_t slot, struct deadline d) {
     while (2 * slot <= t->heap_len) {
         size_t child = 2 * slot;
         bool has_two = child < t->heap_len;
@@ -964,14 +966,17 @@ static void heap_place(struct table *t, size_t slot, struct deadline d) {
 }
 
 /* Takes e's deadline away, if it has one. The last of the heap takes its place. That may
-   be from another branch: sooner than the parent of the free slot, and then it goes up,
-   or later than a child, and then it goes down. */
+   be from another branch, so it may be sooner than the parent of the free slot. */
 static void deadline_clear(struct table *t, struct entry *e) {
-    if (e->slot == 0) return;
+    size_t slot = e->slot;
+    if (slot == 0) return;
     struct deadline last = t->heap[t->heap_len];
     t->heap_len--;
-    if (last.entry != e) heap_place(t, e->slot, last);
     e->slot = 0;
+    if (last.entry == e) return;
+    bool is_sooner = slot > 1 && last.when < t->heap[slot / 2].when;
+    if (is_sooner) heap_up(t, slot, last);
+    else heap_down(t, slot, last);
 }
 
 /* Gives e a deadline, a new one, or with NEVER none. table_reserve comes first. */
@@ -979,7 +984,7 @@ static void deadline_set(struct table *t, struct entry *e, int64_t when) {
     deadline_clear(t, e);
     if (when == NEVER) return;
     t->heap_len++;
-    heap_place(t, t->heap_len, (struct deadline){when, e});
+    heap_up(t, t->heap_len, (struct deadline){when, e});
 }
 
 static int64_t deadline_of(const struct table *t, const struct entry *e) {
@@ -1200,7 +1205,8 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
 
 /* What may follow SET key value. Some words exclude each other. EX, PX, EXAT and PXAT are
    followed by a number, in units of so many ms, from now or (AT) from 1970. */
-enum { NX = 1, XX = 2, KEEPTTL = 4, EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
+enum { NX = 1, XX = 2, KEEPTTL = 4 };
+enum { EX = 8, PX = 16, EXAT = 32, PXAT = 64 };
 static const struct set_word {
     const char *name;
     int flag, excludes;
@@ -1378,9 +1384,10 @@ static bool match_item(const char **at, const char *end, char b) {
 
    An earlier star need never take more: what is between two stars is matched as far left
    as it fits, and so leaves the most bytes for the rest of the pattern. star_i only
-   grows, so this goes back at most s.len times.
+   grows, so this goes back at most s.len times, for at most pattern.len steps each.
 
-   Once the server gives up, this goes back no more: KEYS then sends no list. */
+   With megabytes of both that takes minutes. So once the server gives up, this goes back
+   no more: the result may be wrong then, but KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *star = NULL; /* what is behind the last star */
@@ -1922,17 +1929,12 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* A thread that waits for input can block, or yield and look, again and again. As long as
-   only threads of kv use the processor, it is better to look: nobody has to be woken, and
-   the turns of the others are short. If another program uses it, too, it is better to
-   block. A thread that yields goes to the end of the queue, behind a whole time slice of
-   that program. A thread that blocked and is woken mostly goes to its front.
-
-   sched_yield returns when the threads that were ready on this processor have had a turn.
-   If all were kv's, at most one for each client, that takes some TURN_US for each. If
-   another program was among them, it takes SLICE_US more. The limit is in the middle:
-   with 10 clients it is 250 us + 2000 us. If it took longer, yield returns false, and so
-   do its next PAUSE calls for this connection, which do not even yield. */
+/* Lets other threads run first, and guesses from the time that this took whether another
+   program uses the processor. At worst each client's thread has a turn first, of some
+   TURN_US. Another program takes a time slice more, some SLICE_US. The limit is half a
+   slice more. So with 10 clients up to 250 us are usual, and over 2250 us mean that
+   another program has run. Then this returns false, and the next PAUSE calls for this
+   connection return false at once. */
 static bool yield(struct conn *c) {
     enum { TURN_US = 25, SLICE_US = 4000, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -1947,11 +1949,13 @@ static bool yield(struct conn *c) {
     return only_kv;
 }
 
-/* Looks for input up to LOOKS times without blocking, and yields before each look, as
-   long as yield returns true. With more than FEW_CLIENTS it does not look, for then there
-   is mostly another thread that has something to do. Returns what recv does, or -1 and
-   EAGAIN for no input. (What the numbers here and in yield do can be tried: exercises 1
-   and 4 of the chapter Performance.) */
+/* Looks for input up to LOOKS times without blocking, and lets other threads run before
+   each look. That is cheaper than to block and to be woken, with two exceptions: there
+   are more than FEW_CLIENTS, and so mostly others have something to do; or another
+   program uses the processor. Each yield would give that a whole slice, while the system
+   prefers threads that have slept. Returns what recv does, or -1 and EAGAIN for no input.
+   (What the numbers here and in yield do can be tried: exercises 1 and 4 of the chapter
+   Performance.) */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -1964,8 +1968,9 @@ static ssize_t look_for_input(struct conn *c) {
     return n;
 }
 
-/* There is no more input. If the client ended it, and not our own shutdown, this tells it
-   about a line that has no end. */
+/* There is no more input. All requests that had arrived in full were run before this
+   read. If the client ended the input, and not our own shutdown, this tells it about a
+   line that has no end. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
     bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
@@ -1989,9 +1994,10 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* It was filled, so more may be waiting: double it. Otherwise it would keep its size,
-       for its requests are run before the next read, and then MIN_READ bytes are free. */
-    if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, 1);
+    /* receive makes room only if fewer than MIN_READ bytes are free. As all requests are
+       run before the next read, that would be seldom, and the buffer would stay small. So
+       it is doubled when a read has filled it. */
+    if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
 /* Runs all requests that have arrived in full. Sends replies in between when IO_CHUNK
@@ -2027,10 +2033,12 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* Descriptors that kv reserves besides one for each client: 16 for threads that wait in
-   hang_up, where they are no clients any more, and 16 for the listener, the file and so
-   on. (If they run out all the same, accept fails, and the next client waits.) */
-enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = MAX_LINGERING + 16 };
+/* A thread in hang_up is no client any more, but has a descriptor. Such threads may use
+   all descriptors that clients do not use, and LINGER_RESERVE more: if there are more
+   threads in all, it closes at once. kv reserves SPARE_DESCRIPTORS, those and 16 for the
+   listener, the file and so on. (If they run out all the same, accept fails, and the next
+   one waits.) */
+enum { LINGER_RESERVE = 16, SPARE_DESCRIPTORS = LINGER_RESERVE + 16 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
@@ -2052,8 +2060,7 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
-    /* threads: of clients and in hang_up. Each has a descriptor. */
-    bool may_linger = threads <= opt.max_clients + MAX_LINGERING;
+    bool may_linger = threads <= opt.max_clients + LINGER_RESERVE;
     hang_up(c.fd, may_linger ? 1000 : 0);
     threads--; /* the last thing: main ends the program at 0 */
     return NULL;
@@ -2084,7 +2091,7 @@ static struct {
     bool has_writer;      /* a thread writes; no other does meanwhile */
     pthread_cond_t done;  /* signals that the writer is done */
 
-    /* For the writer alone: */
+    /* For the writer alone. (has_writer hands them from one writer to the next.) */
     struct buf batch;   /* being written; else empty, unless a write has failed */
     size_t written;     /* so many of its bytes are there */
     uint64_t batch_end; /* its last record */
@@ -2155,8 +2162,9 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* The gathered records become the next batch, by a swap of two buffers. add_record
-   has made room for the checksum line. The writer calls this without the lock. */
+/* The gathered records, at least one, become the next batch, by a swap of two buffers.
+   add_record has made room for the checksum line. The writer calls this without the lock.
+   */
 static void take_batch(void) {
     struct buf *b = &aof.batch, empty = *b;
     pthread_mutex_lock(&aof.lock);
@@ -2165,7 +2173,7 @@ static void take_batch(void) {
     aof.gathered = empty;
     pthread_mutex_unlock(&aof.lock);
     aof.written = 0;
-    if (b->len > 0) end_batch(b);
+    end_batch(b);
 }
 
 /* Writes b to fd from *written on, and counts on there. Returns false on failure. */
@@ -2178,15 +2186,14 @@ static bool write_rest(int fd, const struct buf *b, size_t *written) {
     return true;
 }
 
-/* Finishes the last batch, if it could not be written in full, else writes the next one,
-   if there is any. With --fsync always waits for the disk. The writer calls this without
-   the lock. Returns false when writing fails; the next call goes on where it stopped. A
-   failed fsync ends the program: the system may have dropped what it could not write, and
-   then the next fsync would succeed without it. */
+/* Finishes the last batch, if it could not be written in full, else writes the next one.
+   With --fsync always waits for the disk. The writer calls this without the lock. Returns
+   false when writing fails; the next call goes on where it stopped. A failed fsync ends
+   the program: the system may have dropped what it could not write, and then the next
+   fsync would succeed without it. */
 static bool write_batch(void) {
     struct buf *b = &aof.batch;
     if (b->len == 0) take_batch();
-    if (b->len == 0) return true;
     bool ok = write_rest(aof.fd, b, &aof.written);
     if (!ok && !aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
     if (!ok) return false;
@@ -2198,9 +2205,10 @@ static bool write_batch(void) {
 }
 
 /* Waits until the writer is done. If there is none, this thread becomes the writer and
-   writes one batch. Called with the lock, which is released meanwhile. The result is in
-   safe and broken: callers look at these, and call again if it is not yet what they want.
-   */
+   writes one batch. Called only if there is a record that is not safe: it has gathered,
+   or is in the batch that failed. Called with the lock, which is released meanwhile. The
+   result is in safe and broken: callers look there, and call again if it is not yet what
+   they want. */
 static void wait_or_write(void) {
     if (aof.has_writer) {
         pthread_cond_wait(&aof.done, &aof.lock);
@@ -2210,8 +2218,7 @@ static void wait_or_write(void) {
     pthread_mutex_unlock(&aof.lock);
     bool ok = write_batch();
     pthread_mutex_lock(&aof.lock);
-    if (ok)
-        aof.safe = aof.batch_end; /* not less than before, even if nothing was there */
+    if (ok) aof.safe = aof.batch_end;
     aof.broken = !ok;
     aof.has_writer = false;
     pthread_cond_broadcast(&aof.done);
@@ -2236,11 +2243,8 @@ static bool aof_commit(struct conn *c) {
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    /* do, not while: if broken is set, while would end before this tries again. The first
-       try is for the batch that failed, the next ones write what has gathered. No other
-       thread writes meanwhile, for aof_commit gives up as long as broken is set. */
-    do wait_or_write();
-    while (aof.safe < end && !aof.broken);
+    if (aof.broken) wait_or_write(); /* tries again; if that works, broken is cleared */
+    while (aof.safe < end && !aof.broken) wait_or_write();
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= end;
 }
@@ -2768,9 +2772,7 @@ int main(int argc, char **argv) {
     catch_signals();
     if (opt.password_file) read_password();
     reserve_descriptors();
-    for (long i = 0; i < opt.shards; i++) {
-        pthread_mutex_init(&shards[i].lock, NULL);
-    }
+    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
 #ifdef M_ARENA_MAX
     /* malloc of glibc has several arenas, so that threads seldom wait for each other. But
        memory that is freed in one arena cannot be used by another. With two arenas little

@@ -2969,7 +2969,7 @@ info_is() { [[ $(info "$1") = "$2" ]] || { ask INFO && return 1; }; } # NAME VAL
 load_of() { # NUMBER
     awk -v n="$1" 'BEGIN {
         for (i = 1; i <= 100; i++) {
-            print "SET soon:" n ":" i " v PX " 1 + i % 50
+            print "SET soon:" n ":" i " v PX " 200 + i % 50
             print "GET k" i "\nGET none:" n ":" i "\nTTL soon:" n ":" i "\nEXISTS k" (i + n) % 200
         }
     }'
