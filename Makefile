@@ -117,8 +117,8 @@ lint: ## check kv.c, the scripts, the references of doc/ and the size budget
 	.ci/budget
 
 # apt-get as root, or through sudo; brew on macOS. No service is started.
-deps: ## install what the tests need: bats 1.8 or newer, nc, patch, redis-cli
-	@$(call install,bats netcat-openbsd patch procps redis-tools util-linux,bats-core redis)
+deps: ## install what the tests need: bats 1.8 or newer, nc, parallel, patch, redis-cli
+	@$(call install,bats netcat-openbsd parallel patch procps redis-tools util-linux,bats-core parallel redis)
 	@bats --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 8) }' || \
 	    { echo 'bats 1.8 or newer is needed: npm install -g bats'; exit 1; }
 

@@ -4,7 +4,9 @@
 #     ./test.sh                    all of them
 #     ./test.sh -f KEYS            those with KEYS in their name
 #     ./test.sh --tap --timing     for programs to read, with times
-#     KV=./kv-asan ./test.sh       on another build
+#     SANITIZER=asan ./test.sh     on another build, ./kv-asan; or tsan
+#     KV=kv-step/shards ./test.sh  those which a step of doc/steps passes already
+#     JOBS=2 ./test.sh             two at a time; four for each processor if not given
 #
 # Each test starts a server of its own on a free port and talks to it over TCP. It needs
 # bash, coreutils, awk, grep, sed and cmp, and nc as OpenBSD has it, which knows -N: half-close at
@@ -33,7 +35,7 @@ fi
 run_all() { # OPTION OF BATS...
     local tag together=('!alone') last=(alone) jobs=() failed=0
     if [[ " $*" = *' -f'* ]]; then exec bats "$@" "$0"; fi
-    if command -v parallel >/dev/null; then jobs=(--jobs $(($(getconf _NPROCESSORS_ONLN) + 2))); fi
+    if command -v parallel >/dev/null; then jobs=(--jobs "${JOBS:-$((4 * $(getconf _NPROCESSORS_ONLN)))}"); fi
     if [[ $reached ]]; then together=() last=() && for tag in $reached; do together+=("$tag,!alone") last+=("$tag,alone"); done; fi
     bats "${jobs[@]}" "${together[@]/#/--filter-tags=}" "$@" "$0" || failed=1
     bats "${last[@]/#/--filter-tags=}" "$@" "$0" || failed=1
