@@ -2772,12 +2772,13 @@ int main(int argc, char **argv) {
     catch_signals();
     if (opt.password_file) read_password();
     reserve_descriptors();
-    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
+    for (long i = 0; i < opt.shards; i++) {
+        pthread_mutex_init(&shards[i].lock, NULL);
+    }
 #ifdef M_ARENA_MAX
     /* malloc of glibc has several arenas, so that threads seldom wait for each other. But
-       memory that is freed in one arena cannot be used by another. With two arenas little
-       lies idle (./bench.sh measure arenas). Threads seldom wait even so, for each also
-       keeps some freed blocks for itself. */
+       what is freed in one cannot be used by another. With two, little lies idle. Threads
+       seldom wait even so, for each keeps freed blocks (./bench.sh measure arenas). */
     mallopt(M_ARENA_MAX, 2);
 #endif
     if (opt.aof) aof_open();
