@@ -33,12 +33,15 @@ fi
 # Started directly, this file has bats run it: several tests at a time, where there is GNU parallel.
 # Those with the tag "alone" measure time. They come last, one at a time. So does what -f asks for.
 run_all() { # OPTION OF BATS...
-    local tag together=('!alone') last=(alone) jobs=() failed=0
+    local tag together=() last=() jobs=() failed=0
     if [[ " $*" = *' -f'* ]]; then exec bats "$@" "$0"; fi
     if command -v parallel >/dev/null; then jobs=(--jobs "${JOBS:-$((4 * $(getconf _NPROCESSORS_ONLN)))}"); fi
-    if [[ $reached ]]; then together=() last=() && for tag in $reached; do together+=("$tag,!alone") last+=("$tag,alone"); done; fi
-    bats "${jobs[@]}" "${together[@]/#/--filter-tags=}" "$@" "$0" || failed=1
-    bats "${last[@]/#/--filter-tags=}" "$@" "$0" || failed=1
+    for tag in ${reached:-all}; do
+        together+=(--filter-tags "${reached:+$tag,}!alone")
+        last+=(--filter-tags "${reached:+$tag,}alone")
+    done
+    bats "${jobs[@]}" "${together[@]}" "$@" "$0" || failed=1
+    bats "${last[@]}" "$@" "$0" || failed=1
     if [[ $reached ]]; then name_unreached; fi
     return "$failed"
 }
