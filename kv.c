@@ -1929,12 +1929,12 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Lets other threads run first, and guesses from the time that this took whether another
-   program uses the processor. At worst each client's thread has a turn first, of some
-   TURN_US. Another program takes a time slice more, some SLICE_US. The limit is half a
-   slice more. So with 10 clients up to 250 us are usual, and over 2250 us mean that
-   another program has run. Then this returns false, and the next PAUSE calls for this
-   connection return false at once. */
+/* Lets other threads run first. Returns true if it is worth calling this again, false if
+   another program seems to use the processor. The time that the yield took tells. If only
+   threads of kv ran, at worst one for each client, it is clients * TURN_US at most.
+   Another program makes it some SLICE_US longer. The limit is in the middle: with 10
+   clients it is 250 us + 2000 us. After a false the next PAUSE calls for this connection
+   return false at once. */
 static bool yield(struct conn *c) {
     enum { TURN_US = 25, SLICE_US = 4000, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -1950,12 +1950,12 @@ static bool yield(struct conn *c) {
 }
 
 /* Looks for input up to LOOKS times without blocking, and lets other threads run before
-   each look. That is cheaper than to block and to be woken, with two exceptions: there
-   are more than FEW_CLIENTS, and so mostly others have something to do; or another
-   program uses the processor. Each yield would give that a whole slice, while the system
-   prefers threads that have slept. Returns what recv does, or -1 and EAGAIN for no input.
-   (What the numbers here and in yield do can be tried: exercises 1 and 4 of the chapter
-   Performance.) */
+   each look. That is cheaper than to block and to be woken, with two exceptions. With
+   more than FEW_CLIENTS the looks would mostly find nothing. And beside a busy program a
+   thread that yields waits until the slice of that program is over, while a thread that
+   blocked is run soon after its input has come. Returns what recv does, or -1 and EAGAIN
+   for no input. (What the numbers here and in yield do can be tried: exercises 1 and 4 of
+   the chapter Performance.) */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -1994,9 +1994,8 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* receive makes room only if fewer than MIN_READ bytes are free. As all requests are
-       run before the next read, that would be seldom, and the buffer would stay small. So
-       it is doubled when a read has filled it. */
+    /* A buffer that a read has filled is doubled: the next read can take more. (By then
+       its requests have been run, so receive alone would find it large enough.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
@@ -2033,11 +2032,11 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* A thread in hang_up is no client any more, but has a descriptor. Such threads may use
-   all descriptors that clients do not use, and LINGER_RESERVE more: if there are more
-   threads in all, it closes at once. kv reserves SPARE_DESCRIPTORS, those and 16 for the
-   listener, the file and so on. (If they run out all the same, accept fails, and the next
-   one waits.) */
+/* A thread in hang_up is no client any more, but has a descriptor. If a thread comes
+   there when there are more than --max-clients + LINGER_RESERVE threads, it closes at
+   once. So kv reserves descriptors for --max-clients + SPARE_DESCRIPTORS: the others are
+   for the listener, the file and so on. (If they run out all the same, accept fails, and
+   the next client waits.) */
 enum { LINGER_RESERVE = 16, SPARE_DESCRIPTORS = LINGER_RESERVE + 16 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
@@ -2091,7 +2090,8 @@ static struct {
     bool has_writer;      /* a thread writes; no other does meanwhile */
     pthread_cond_t done;  /* signals that the writer is done */
 
-    /* For the writer alone. (has_writer hands them from one writer to the next.) */
+    /* For the writer alone. (The next writer sees them as the last one left them, for
+       has_writer is changed with the lock.) */
     struct buf batch;   /* being written; else empty, unless a write has failed */
     size_t written;     /* so many of its bytes are there */
     uint64_t batch_end; /* its last record */
