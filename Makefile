@@ -45,14 +45,14 @@ check: ## list the exercises; make check EX=rename, or STEP=shards, tests kv-exe
 	@doc/course check $(if $(STEP),step $(STEP)) $(if $(EX),exercise $(EX))
 
 course: ## prove steps, exercises and mutants, in 8 minutes
-	@SHORT=1 doc/patches check steps solutions wrong exercises mutants
+	@SHORT=1 doc/patches check steps solutions wrong hunts exercises mutants
 
 # All tests at each step, with sanitizers, and twenty times what a race may pass by luck.
 course-release: ## the same with all there is, in hours, before a term
 	SUITE=1 doc/patches check
 	SANITIZER=asan SUITE=1 doc/patches check steps solutions exercises
 	SANITIZER=tsan SUITE=1 doc/patches check steps solutions exercises
-	TIMES=20 doc/patches check solutions wrong
+	TIMES=20 doc/patches check solutions wrong hunts
 
 refresh: ## carry the patches of doc/ over a change of kv.c
 	@doc/patches refresh
@@ -111,7 +111,7 @@ lint: ## check kv.c, the scripts, the references of doc/ and the size budget
 	clang-tidy --quiet --warnings-as-errors='*' --checks='$(TIDY)' kv.c -- $(STRICT)
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 	    --error-exitcode=1 kv.c
-	shellcheck -x test.sh bench.sh $(shell grep -l '^.!.*bash' doc/measure/*) doc/measure/lib.sh doc/course doc/patches doc/patches.bats doc/exercises/*.ba*s* $(wildcard doc/steps/*.bats) \
+	shellcheck -x test.sh bench.sh $(shell grep -l '^.!.*bash' doc/measure/*) doc/measure/lib.sh doc/course doc/patches doc/patches.bats doc/exercises/*.ba*s* doc/solutions/*.bats $(wildcard doc/steps/*.bats) \
 	    $(addprefix doc/engines/,certificates follow guard man-tables measure to-cluster engines.bats) .ci/run .ci/docrefs .ci/smoke
 	.ci/docrefs
 	.ci/budget

@@ -170,10 +170,11 @@ collect_test() {
 # The process of a test: its status says how it ended.
 run_test() { # NUMBER
     SECONDS=0 failed_at=() skip_reason='' BATS_TEST_COMPLETED='' test_process=$BASHPID
+    test_number=$1 # where a test fails, $1 is another in the trap
     BATS_TEST_TMPDIR=$BATS_RUN_TMPDIR/$1
     mkdir "$BATS_TEST_TMPDIR"
     trap - HUP INT TERM
-    trap 'end_test "$1"' EXIT
+    trap 'end_test "$test_number"' EXIT
     trap note_failure ERR
     set -eE
     setup

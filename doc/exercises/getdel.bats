@@ -39,7 +39,7 @@ load common
 @test "what GETDEL has removed does not come back after a crash" {
     start_kv
     ask 'SET a 1' 'SET b 2' | is OK OK
-    gets 'GETDEL a' 1
+    gets 'GETDEL a' 1 || because "GETDEL replies the value as GET does"
     stop_kv KILL
     start_kv
     gets 'EXISTS a' 0 && gets 'GET b' 2 ||

@@ -29,7 +29,7 @@ load common
 @test "RENAME moves the deadline with the value" {
     start_kv
     ask 'SET a 1 EXAT 99999999999' 'SET b 2' 'SET c 3 PX 200' 'SET d 4' | is OK OK OK OK
-    gets 'RENAME a b' OK
+    gets 'RENAME a b' OK || because "RENAME replies OK"
     (($(ask 'TTL b') > 1000)) || because "the key had a deadline, and must have it under its new name"
     gets 'RENAME d c' OK && gets 'TTL c' -1 || because "the old deadline of c is to be gone"
     wait_until quarter_passed "$(time_ms)"
@@ -88,16 +88,17 @@ records() { grep -ac '^\*' "$tmp/aof"; }
     start_kv
     ask 'SET a 1' 'SET b 2' 'EXPIRE a 1000' | is OK OK 1
     before=$(records)
-    ask 'RENAME a b' | is OK
+    gets 'RENAME a b' OK || because "RENAME replies OK"
     (($(records) == before + 1)) ||
         because "after a crash between two records both keys would be there: RENAME must be one record"
-    ask 'RENAME none b' | is '(error) ERR no such key'
+    gets 'RENAME none b' '(error) ERR no such key' || because "without the first key there is an error"
     (($(records) == before + 1)) || because "a RENAME that fails needs no record"
 }
 
 @test "the file alone gives the same keys, also if the deadline of one that was renamed has passed since" {
     start_kv
-    ask 'SET a 1' 'SET b 2' 'EXPIREAT a 99999999999' 'RENAME a b' 'SET c 3' 'RENAME c d' 'SET c 4' | is OK OK 1 OK OK OK OK
+    ask 'SET a 1' 'SET b 2' 'EXPIREAT a 99999999999' 'RENAME a b' 'SET c 3' 'RENAME c d' 'SET c 4' | is OK OK 1 OK OK OK OK ||
+        because "RENAME replies OK"
     loads_the_same 'GET a' 'GET b' 'GET c' 'GET d' DBSIZE || because "after a restart the keys are others"
     (($(ask 'TTL b') > 1000)) || because "after a restart the deadline is gone"
     start=$(time_ms)

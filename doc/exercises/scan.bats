@@ -90,7 +90,7 @@ has_all() { sort -u "$tmp/keys" | cmp - <(seq -f "$1%.0f" "$2" | sort); } # PREF
         done
         gets 'SCAN 9223372036854775807' 0 '(0 keys)' || because "a cursor that nobody gave out is to end, too"
         timeout 10 redis-cli -p "$port" --scan >"$tmp/keys" || because "$endless"
-        has_all k 500
+        has_all k 500 || because "redis-cli --scan has not found all keys"
         stop_kv
         rm "$tmp/aof"
     done

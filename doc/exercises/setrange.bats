@@ -29,7 +29,7 @@ load common
     start_kv
     gets 'SETRANGE none 3 x' 4 && gets 'GET none' '"\x00\x00\x00x"' || because "a key that is not there begins as an empty value"
     gets 'SETRANGE none 6 y' 7 && gets 'GET none' '"\x00\x00\x00x\x00\x00y"' || because "the gap is to be filled with zero bytes"
-    ask 'SETRANGE far 100000 x' | is 100001
+    gets 'SETRANGE far 100000 x' 100001 || because "the reply is the length, which counts the gap"
     ask_soon 'GET far' | sed 's/\\x00//g' | is '"x"' || because "a gap holds bytes that are not zero: see calloc"
 }
 
@@ -37,7 +37,7 @@ load common
     start_kv
     ask 'SET a 12345' 'EXPIREAT a 99999999999' | is OK 1
     before=$(ask 'TTL a')
-    gets 'SETRANGE a 2 x' 5 && gets 'SETRANGE a 5 yz' 7
+    gets 'SETRANGE a 2 x' 5 && gets 'SETRANGE a 5 yz' 7 || because "the reply is the length of the new value"
     after=$(ask 'TTL a')
     echo "TTL was $before and is $after"
     ((after > 0 && after <= before && after > before - 100)) ||

@@ -1,0 +1,93 @@
+#!/usr/bin/env bats
+# chapter: 8
+# concept: tests that find faults which you have not seen
+# level: 3
+# lines: 113
+# minutes: 180
+# task: Write tests in bats that pass with every correct kv, each time, and fail with as many as possible of ten mutants: kv with one promise broken. You have one point for each mutant that your tests catch; seven are enough.
+#
+#     HUNT=my.bats KV=./kv bats doc/exercises/kill-mutants.bats      a line for each mutant: caught or alive
+#     SEED=2 HUNT=...                                                ten others, for another class
+#
+# HUNT names the file with the tests. kv.c and the mutants are built here: KV is not used. Each program is
+# built with a random string in it and gets the same path, so neither its name nor a checksum tells
+# which it is. Three are correct: one without optimization, one with AddressSanitizer, and one that
+# differs in what kv does not promise, such as the order of KEYS and the size of its buffers.
+#
+# What the tests need is in doc/exercises/common.bash. They have 15 s; that they did not end within
+# them with a mutant means that it is caught.
+#
+# SC2034: common.bash uses it. SC2154: bats or common.bash sets it.
+# shellcheck disable=SC2034,SC2154
+
+KV=/bin/sh # a program must be there; hunt_with has others
+
+load common
+
+setup_file() {
+    export built=$BATS_FILE_TMPDIR repo=$BATS_TEST_DIRNAME/../..
+    local name
+    names=(plain asan harmless)
+    mapfile -t -O 3 names < <(mutants)
+    printf '%s\n' "${names[@]}" | xargs -P "$(nproc)" -n 1 bash -c "$(declare -f build); build \"\$1\"" -
+    for name in "${names[@]}"; do
+        [[ -x $built/$name/kv ]] || { echo "$name does not build" && cat "$built/$name/log" && return 1; }
+    done
+}
+
+# Ten of the mutants, by one SEED for each class: 3 easy, 4 medium and 3 hard.
+mutants() {
+    local class patch
+    for class in 'easy 3' 'medium 4' 'hard 3'; do
+        for patch in "$repo"/doc/mutants/*.patch; do
+            patch=${patch##*/} patch=${patch%.patch}
+            grep -q "^# class: ${class% *}$" "$repo/doc/mutants/$patch.patch" || continue
+            echo "$(cksum <<<"${SEED:-1} $patch") $patch"
+        done | sort -n | head -n "${class#* }" | cut -d ' ' -f 3
+    done
+}
+
+build() { # NAME: makes $built/NAME/kv
+    local dir=$built/$1 target=kv patch=''
+    mkdir "$dir"
+    cp "$repo/kv.c" "$repo/Makefile" "$dir"
+    case $1 in
+        plain) ;;
+        asan) target=kv-asan ;;
+        harmless) patch=$repo/doc/exercises/kill-mutants.harmless.patch ;;
+        *) patch=$repo/doc/mutants/$1.patch ;;
+    esac
+    if [[ $patch ]]; then patch -s -F 0 -p 1 -d "$dir" <"$patch" || return; fi
+    printf '\nconst char build_of_kv[] = "%s";\n' "$RANDOM$RANDOM$RANDOM" >>"$dir/kv.c"
+    make -s -C "$dir" CFLAGS=-O0 "$target" >"$dir/log" 2>&1
+    if [[ $target != kv ]]; then mv "$dir/$target" "$dir/kv"; fi
+}
+
+# Where bats shows it also for a test that passes.
+tell() { echo "# $*" >&3; } # SENTENCE
+
+@test "there are tests, and three correct servers pass them, each of five times" {
+    local server times
+    for times in {1..5}; do
+        for server in plain asan harmless; do
+            hunt_with "$built/$server/kv"
+            ((tests > 0)) || because "there is no test in your file that bats can run"
+            ((skipped == 0)) || because "a test that is skipped finds nothing"
+            ((failed == 0)) || because "your tests fail on a correct kv"
+        done
+    done
+}
+
+@test "seven of ten mutants are caught" {
+    local name class caught=0 ten
+    mapfile -t ten < <(mutants)
+    hunt_with "$built/harmless/kv"
+    ((failed == 0)) || because "your tests fail on a correct kv, so they catch nothing"
+    for name in "${ten[@]}"; do
+        class=$(sed -n 's/^# class: //p' "$repo/doc/mutants/$name.patch")
+        hunt_with "$built/$name/kv" >"$tmp/said"
+        if ((failed > 0)); then tell "caught  $class" && caught=$((caught + 1)); else tell "alive   $class"; fi
+    done
+    tell "points: $caught of ${#ten[@]}"
+    ((caught >= 7)) || because "your tests catch too few of the mutants"
+}
