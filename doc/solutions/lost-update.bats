@@ -11,9 +11,9 @@ load ../exercises/common
     start_kv
     clients=()
     for _ in 1 2 3 4; do
-        yes 'INCR n' | head -n 1000 | nc -N 127.0.0.1 "$port" >/dev/null &
+        yes 'INCR n' | head -n 5000 | nc -N 127.0.0.1 "$port" >/dev/null &
         clients+=("$!")
     done
     wait "${clients[@]}"
-    ask 'GET n' | is 4000
+    ask 'GET n' | is 20000
 }
