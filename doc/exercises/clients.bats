@@ -2,9 +2,10 @@
 # chapter: 9
 # concept: who owns a connection
 # level: 3
-# lines: 66
+# lines: 63
 # minutes: 150
 # task: Build CLIENT LIST: for each connection, in any order, a line "id=3 addr=127.0.0.1:50123 age=12 cmd=GET": the id that HELLO shows, the address of the client, for how many seconds it is connected, and the last command that it had run, as the table of commands spells it, or - if there was none. In text a line (n clients) ends the list; in RESP all lines are one string, as in INFO.
+# replaces: COMMAND, CONFIG and CLIENT are unknown commands|what redis-py 8, node-redis 6
 # needs: linux
 #
 # SC2030, SC2031: bats runs each test as a process. SC2154: common.bash sets it.

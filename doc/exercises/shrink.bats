@@ -2,7 +2,7 @@
 # chapter: 6
 # concept: a table that becomes smaller
 # level: 3
-# lines: 15
+# lines: 17
 # minutes: 90
 # task: Let the table of a shard become smaller as its keys go, by DEL as well as by expiry. INFO shows two new fields: table_buckets, the sum of the sizes of all tables, and table_resizes, how often a table got other buckets, more or less. Once it is done, there are at most 16 buckets per shard or 10 per key, and a key that comes and goes seldom makes a table resize.
 #

@@ -14,7 +14,7 @@ load common
 
 start_slow() { start_kv --fsync no --slowlog-us 0 "$@" || because "kv does not start with --slowlog-us 0"; } # OPTION...
 
-talk() { timeout 20 nc -N 127.0.0.1 "$port"; }
+talk() { timeout 50 nc -N 127.0.0.1 "$port"; }
 
 # Whether the last commands are these, the newest first.
 shows() { # WORDS...
@@ -71,7 +71,7 @@ memory() { awk '/^VmRSS/ { print $2 }' "/proc/$pid/status"; } # in KiB
     more=$(($(memory) - before))
     [[ ${SANITIZER:-} ]] || ((more < 6000)) ||
         because "the slow log takes more memory with each command: $more KiB more after $many"
-    for _ in {1..130}; do printf 'SET big ' && x 100000 && echo; done | talk >"$tmp/out"
+    yes "SET big $(x 100000)" | head -n 130 | talk >"$tmp/out"
     (($(ask_soon 'SLOWLOG GET 128' | wc -c) < 128 * 700)) ||
         because "a long word is shown cut off, as -vv logs it, or one command could take megabytes"
 }
@@ -98,10 +98,10 @@ consistent='
     { delete last }
     END { if (wrong) print wrong; exit !!wrong || !lines }'
 
-# Each of six clients sends commands until the file $tmp/stop is there, but at most 50000.
+# Each of six clients sends commands until the file $tmp/stop is there, but at most 20000.
 write_commands() { # LETTER
     awk -v letter="$1" -v stop="$tmp/stop" 'BEGIN {
-        do for (i = 0; i < 50; i++) print "ECHO " letter (++n); while (n < 50000 && (getline line <stop) < 0)
+        do for (i = 0; i < 50; i++) print "ECHO " letter (++n); while (n < 20000 && (getline line <stop) < 0)
     }' 2>/dev/null | talk >"$tmp/out.$1"
 }
 

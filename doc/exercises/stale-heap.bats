@@ -21,7 +21,7 @@ setup_file() { set_hunt stale-heap; }
     ((tests > 0)) || because "there is no test in your file that bats can run"
     ((skipped == 0)) || because "a test that is skipped finds nothing"
     for times in 1 2 3; do
-        ((failed == 0)) || because "your test fails on a correct kv"
+        ((failed == 0)) || because "your test fails on a correct kv, in run $times of 3"
         if ((times < 3)); then hunt_with "$KV"; fi
     done
 }
@@ -29,6 +29,6 @@ setup_file() { set_hunt stale-heap; }
 @test "the broken kv fails them, each of three times" {
     for times in 1 2 3; do
         hunt_with "$BUG"
-        ((failed > 0)) || because "your test passes on the broken kv"
+        ((failed > 0)) || because "your test passes on the broken kv, in run $times of 3"
     done
 }

@@ -7,19 +7,11 @@
 
 load ../exercises/common
 
-# In one packet there is a whole request before the half one: when the rest arrives, kv moves the half
-# to the beginning of its buffer.
-@test "a long array that arrives in two halves has the words that were sent" {
-    start_kv
-    mapfile -t keys < <(seq -f 'key:%.0f' 200)
+# The buffer moves to larger and larger blocks as the array arrives. MALLOC_PERTURB_ has glibc fill the
+# blocks that are freed.
+@test "a long array has the words that were sent" {
+    MALLOC_PERTURB_=165 start_kv
+    mapfile -t keys < <(seq -f "$(x 2000):%.0f" 200)
     printf 'SET %s 1\n' "${keys[@]}" | nc -N 127.0.0.1 "$port" >"$tmp/out"
-    { resp PING && resp EXISTS "${keys[@]}"; } >"$tmp/request"
-    exec {c}<>"/dev/tcp/127.0.0.1/$port"
-    head -c 2000 "$tmp/request" >"$tmp/half"
-    cat "$tmp/half" >&"$c"
-    read -r -t 10 -u "$c" line
-    [[ $line = +PONG* ]]
-    tail -c +2001 "$tmp/request" >&"$c"
-    read -r -t 10 -u "$c" line
-    [[ $line = :200* ]]
+    resp EXISTS "${keys[@]}" | nc -N -w 10 127.0.0.1 "$port" | is $':200\r'
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bats
 # on: stale-slice
 # chapter: 3
-# expect: the first half comes at the beginning of the buffer, and a small array is not kept, so nothing moves
+# expect: a small array is read from its beginning again when its rest arrives, so no slice is kept
 # fails: the broken kv fails them, each of three times
 # says: your test passes on the broken kv
 #
