@@ -1384,9 +1384,10 @@ static bool match_item(const char **at, const char *end, char b) {
 
    An earlier star need never take more: what is between two stars is matched as far left
    as it fits, and so leaves the most bytes for the rest of the pattern. star_i only
-   grows, so this goes back at most s.len times.
+   grows, so this goes back at most s.len times, for at most pattern.len steps each.
 
-   Once the server gives up, this goes back no more: KEYS then sends no list. */
+   With megabytes of both that takes minutes. So once the server gives up, this goes back
+   no more: the result may be wrong then, but KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *star = NULL; /* what is behind the last star */
@@ -1928,12 +1929,12 @@ static ssize_t receive(struct conn *c, int flags) {
     return n;
 }
 
-/* Lets other threads run first, and guesses from the time that this took whether another
-   program uses the processor. sched_yield returns when all threads that were ready there
-   have had a turn. If all were kv's, that takes clients * TURN_US at most. A turn of
-   another program takes some SLICE_US more. The limit is halfway between. Returns false
-   if it took longer. So do the next PAUSE calls for this connection, and they do not even
-   yield. */
+/* Lets other threads run first. Returns true if it is worth calling this again, false if
+   another program seems to use the processor. The time that the yield took tells. If only
+   threads of kv ran, at worst one for each client, it is clients * TURN_US at most.
+   Another program makes it some SLICE_US longer. The limit is in the middle: with 10
+   clients it is 250 us + 2000 us. After a false the next PAUSE calls for this connection
+   return false at once. */
 static bool yield(struct conn *c) {
     enum { TURN_US = 25, SLICE_US = 4000, PAUSE = 200 };
     if (c->no_yields > 0) {
@@ -1948,13 +1949,13 @@ static bool yield(struct conn *c) {
     return only_kv;
 }
 
-/* Looks for input without blocking. To block and to be woken takes longer than some
-   looks, so this looks up to LOOKS times, and lets other threads run in between. It stops
-   when another program uses the processor: each yield would give that program a whole
-   slice, while a thread that blocked and is woken mostly runs before it. And it does not
-   look with more than FEW_CLIENTS, for then mostly another thread has something to do.
-   Returns what recv does, or -1 and EAGAIN for no input. (What the numbers here and in
-   yield do can be tried: exercises 1 and 4 of the chapter Performance.) */
+/* Looks for input up to LOOKS times without blocking, and lets other threads run before
+   each look. That is cheaper than to block and to be woken, with two exceptions. With
+   more than FEW_CLIENTS the looks would mostly find nothing. And beside a busy program a
+   thread that yields waits until the slice of that program is over, while a thread that
+   blocked is run soon after its input has come. Returns what recv does, or -1 and EAGAIN
+   for no input. (What the numbers here and in yield do can be tried: exercises 1 and 4 of
+   the chapter Performance.) */
 static ssize_t look_for_input(struct conn *c) {
     enum { FEW_CLIENTS = 256, LOOKS = 20 };
     ssize_t n = -1;
@@ -1993,9 +1994,8 @@ static void read_more(struct conn *c) {
     }
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* receive makes room only if fewer than MIN_READ bytes are free. As all requests are
-       run before the next read, that would be seldom, and the buffer would stay small. So
-       it is doubled when a read has filled it. */
+    /* A buffer that a read has filled is doubled: the next read can take more. (By then
+       its requests have been run, so receive alone would find it large enough.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
@@ -2032,10 +2032,12 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* Descriptors that kv reserves besides one for each client: 16 for threads that wait in
-   hang_up, where they are no clients any more, and 16 for the listener, the file and so
-   on. (If they run out all the same, accept fails, and the next client waits.) */
-enum { MAX_LINGERING = 16, SPARE_DESCRIPTORS = MAX_LINGERING + 16 };
+/* A thread in hang_up is no client any more, but has a descriptor. If a thread comes
+   there when there are more than --max-clients + LINGER_RESERVE threads, it closes at
+   once. So kv reserves descriptors for --max-clients + SPARE_DESCRIPTORS: the others are
+   for the listener, the file and so on. (If they run out all the same, accept fails, and
+   the next client waits.) */
+enum { LINGER_RESERVE = 16, SPARE_DESCRIPTORS = LINGER_RESERVE + 16 };
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
@@ -2057,8 +2059,7 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
-    /* threads: of clients and in hang_up. Each has a descriptor. */
-    bool may_linger = threads <= opt.max_clients + MAX_LINGERING;
+    bool may_linger = threads <= opt.max_clients + LINGER_RESERVE;
     hang_up(c.fd, may_linger ? 1000 : 0);
     threads--; /* the last thing: main ends the program at 0 */
     return NULL;
@@ -2089,7 +2090,8 @@ static struct {
     bool has_writer;      /* a thread writes; no other does meanwhile */
     pthread_cond_t done;  /* signals that the writer is done */
 
-    /* For the writer alone: */
+    /* For the writer alone. (The next writer sees them as the last one left them, for
+       has_writer is changed with the lock.) */
     struct buf batch;   /* being written; else empty, unless a write has failed */
     size_t written;     /* so many of its bytes are there */
     uint64_t batch_end; /* its last record */
@@ -2203,8 +2205,10 @@ static bool write_batch(void) {
 }
 
 /* Waits until the writer is done. If there is none, this thread becomes the writer and
-   writes one batch. Called with the lock, which is released meanwhile. The result is in
-   safe and broken: callers look there, and call again if it is not yet what they want. */
+   writes one batch. Called only if there is a record that is not safe: it has gathered,
+   or is in the batch that failed. Called with the lock, which is released meanwhile. The
+   result is in safe and broken: callers look there, and call again if it is not yet what
+   they want. */
 static void wait_or_write(void) {
     if (aof.has_writer) {
         pthread_cond_wait(&aof.done, &aof.lock);
@@ -2768,9 +2772,7 @@ int main(int argc, char **argv) {
     catch_signals();
     if (opt.password_file) read_password();
     reserve_descriptors();
-    for (long i = 0; i < opt.shards; i++) {
-        pthread_mutex_init(&shards[i].lock, NULL);
-    }
+    for (long i = 0; i < opt.shards; i++) pthread_mutex_init(&shards[i].lock, NULL);
 #ifdef M_ARENA_MAX
     /* malloc of glibc has several arenas, so that threads seldom wait for each other. But
        memory that is freed in one arena cannot be used by another. With two arenas little
