@@ -2,7 +2,7 @@
 # chapter: 8
 # concept: tests that find faults which you have not seen
 # level: 3
-# lines: 60
+# lines: 113
 # minutes: 180
 # task: Write tests in bats that pass with every correct kv, each time, and fail with as many as possible of ten mutants: kv with one promise broken. You have one point for each mutant that your tests catch; seven are enough.
 #
