@@ -346,6 +346,7 @@ quickly() { trap - DEBUG && "$@"; }
 # Command line
 # ==========================================================================================
 
+# bats test_tags=log
 @test "--help and -h print every option within 80 columns, and end with status 0" {
     "$KV" --help >"$tmp/help" 2>"$tmp/err"
     "$KV" -h | cmp - "$tmp/help"
@@ -356,12 +357,14 @@ quickly() { trap - DEBUG && "$@"; }
     [[ ! -s $tmp/err ]]
 }
 
+# bats test_tags=echo
 @test "--version and -V print one line, and end with status 0" {
     "$KV" --version >"$tmp/version"
     "$KV" -V | cmp - "$tmp/version"
     is_like 'kv [0-9]+\.[0-9]+\.[0-9]+.*' <"$tmp/version"
 }
 
+# bats test_tags=echo
 @test "--help on a full disk ends with status 1 and says why" {
     code=0
     "$KV" --help >/dev/full 2>"$tmp/err" || code=$?
@@ -369,6 +372,7 @@ quickly() { trap - DEBUG && "$@"; }
     is_like '.+' <"$tmp/err"
 }
 
+# bats test_tags=guards
 @test "an option takes its value as a word of its own: -c 11 and --max-clients 11" {
     for form in '-b 127.0.0.1 -c 11 -t 9 -s 8 -p 0' \
         '--bind 127.0.0.1 --max-clients 11 --timeout 9 --shards 8 --max-request 9999 --port 0'; do
@@ -383,6 +387,7 @@ quickly() { trap - DEBUG && "$@"; }
     done
 }
 
+# bats test_tags=commands
 @test "-vv is -v twice; no other letters and no value run together with an option" {
     start_kv -vv
     ask PING | is PONG
@@ -394,6 +399,7 @@ quickly() { trap - DEBUG && "$@"; }
     done
 }
 
+# bats test_tags=echo
 @test "an unknown option, or something that is none, ends with status 2 and points at --help" {
     refuses 2 '-x.*kv --help' -x
     refuses 2 '--nosuch.*kv --help' --nosuch
@@ -403,6 +409,7 @@ quickly() { trap - DEBUG && "$@"; }
     for none in - -- '' ' ' '  ' 'p 0'; do refuses 2 'kv --help' -p 0 "$none"; done
 }
 
+# bats test_tags=shards
 @test "an option without its value ends with status 2 and says that it needs one" {
     refuses 2 '--port needs a value' --port
     refuses 2 '(-p|--port) needs a value' -p
@@ -410,6 +417,7 @@ quickly() { trap - DEBUG && "$@"; }
     refuses 2 '--max-request needs a value' -v --max-request
 }
 
+# bats test_tags=guards
 @test "a number that is none or out of range ends with status 2 and the range" {
     for wrong in '' x 1x 1.5 0x10 -1 +1 ' 1' 65536 99999999999999999999; do
         refuses 2 '--port .*is not 0 to 65535' --port "$wrong"
@@ -422,17 +430,20 @@ quickly() { trap - DEBUG && "$@"; }
     done
 }
 
+# bats test_tags=shards
 @test "the number of shards must be a power of two from 1 to 4096" {
     for wrong in 3 6 100 4095; do refuses 2 'power of two' -s "$wrong"; done
     for wrong in 0 -1 8192 4097; do refuses 2 '4096' -s "$wrong"; done
 }
 
+# bats test_tags=words
 @test "a taken port ends with status 1 and suggests -p 0" {
     start_kv
     refuses 1 "$port: Address already in use.*-p 0" -p "$port"
     ask PING | is PONG
 }
 
+# bats test_tags=echo
 @test "listening beyond loopback is refused with status 2, unless --insecure is given" {
     for address in 0.0.0.0 ::; do
         refuses 2 'insecure' -p 0 --bind "$address"
@@ -441,6 +452,7 @@ quickly() { trap - DEBUG && "$@"; }
     refuses 1 '192.0.2.1.*: Cannot assign requested address' -p 0 --bind 192.0.2.1 --insecure
 }
 
+# bats test_tags=words
 @test "--bind takes an IPv6 address, which the log puts into brackets" {
     grep -q '^0*1 ' /proc/net/if_inet6 || skip "this machine has no ::1"
     start_kv --bind ::1
@@ -448,11 +460,13 @@ quickly() { trap - DEBUG && "$@"; }
     printf 'PING\n' | timeout 20 nc -N ::1 "$port" | is PONG
 }
 
+# bats test_tags=words
 @test "--bind takes a host name" {
     start_kv -b localhost
     printf 'PING\n' | timeout 20 nc -N localhost "$port" | is PONG
 }
 
+# bats test_tags=words
 @test "a host name means its first address, IPv4 before IPv6; where that is taken no other is tried" {
     # The name has both addresses here, whatever this machine says.
     preload '#define _GNU_SOURCE
@@ -487,6 +501,7 @@ preload() { # CODE
     leash+=(env "LD_PRELOAD=$tmp/preload.so")
 }
 
+# bats test_tags=echo
 @test "the log's first line says when, how grave, and the address with the real port" {
     before=$(date -u +%FT%T.%3NZ)
     start_kv
@@ -497,12 +512,14 @@ preload() { # CODE
     [[ ! $stamp < $before && ! $stamp > $after ]]
 }
 
+# bats test_tags=table
 @test "without -v the log is silent about clients" {
     start_kv
     ask PING 'SET a 1' NOSUCH | is_like PONG OK '.*NOSUCH.*'
     is_like '.*listening.*' <"$log"
 }
 
+# bats test_tags=shards
 @test "-q logs neither start nor stop nor clients" {
     start_quiet_kv -s 8
     stop_kv
@@ -524,6 +541,7 @@ refused() { ! (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; }
 
 ping() { [[ $(ask PING 2>&1) = PONG ]]; }
 
+# bats test_tags=words
 @test "-v logs who connects and who leaves, and no commands" {
     start_kv --verbose
     ask PING | is PONG
@@ -533,6 +551,7 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
         "${log_lines}127\.0\.0\.1:[0-9]+ closed.*" <"$log"
 }
 
+# bats test_tags=commands
 @test "-vv logs every command, its words quoted where needed and cut at 64 bytes" {
     start_kv -vv
     ask 'set "two\nlines" plain' "ECHO $(printf 'a%.0s' {1..65})" | is_like OK 'a{65}'
@@ -540,6 +559,7 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
     grep -E 'ECHO a{64}[^a]' "$log"
 }
 
+# bats test_tags=guards
 @test "-vv logs all words of a command that kv does not know, but only its name where there is a password" {
     start_kv -vv
     ask 'GETT "a b" c' NOSUCH | is_like '.*GETT.*' '.*NOSUCH.*'
@@ -554,6 +574,7 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
     not grep secret "$log"
 }
 
+# bats test_tags=commands
 @test "no client can write a line of its own into the log" {
     start_kv -vv
     lie='2026-01-01T00:00:00.000Z INFO lie'
@@ -565,6 +586,7 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
     not grep "[^[:print:]]" "$log"
 }
 
+# bats test_tags=commands
 @test "log lines of many clients never mix" {
     start_kv -vv
     seq -f 'SET key-%.0f-end x' 200 >"$tmp/in"
@@ -576,6 +598,7 @@ ping() { [[ $(ask PING 2>&1) = PONG ]]; }
     not grep -Ev "^($pattern|$log_lines.*(listening|connected|closed).*)$" "$log"
 }
 
+# bats test_tags=guards
 @test "what a stranger can cause is logged at most once a second, also with -q" {
     for start in start_kv start_quiet_kv; do
         for request in 'Host: x' 'POST / HTTP/1.1' PING; do
@@ -607,6 +630,7 @@ strangers() { # COUNT LINE
     done
 }
 
+# bats test_tags=commands
 @test "a log that nobody reads makes nobody wait; its lines are dropped, whole" {
     mkfifo "$tmp/fifo"
     exec {fifo}<>"$tmp/fifo"
@@ -630,22 +654,26 @@ strangers() { # COUNT LINE
 # Text protocol: requests
 # ==========================================================================================
 
+# bats test_tags=commands
 @test "command names may be in upper, lower or mixed case" {
     start_kv
     ask 'set a 1' 'GeT a' 'GET a' 'iNcR a' | is OK 1 1 2
 }
 
+# bats test_tags=table
 @test "words are separated by any number of spaces and tabs, also at both ends" {
     start_kv
     printf ' \t SET \t\t a   x \t\nGET\ta\n' | talk | is OK x
 }
 
+# bats test_tags=table
 @test "a line may end in LF or CRLF, and its reply ends the same way" {
     start_kv
     printf 'SET a 1\r\nGET a\nGET a\r\nGET b\r\nPING\n' | talk >"$tmp/out"
     cmp "$tmp/out" <(printf 'OK\r\n1\n1\r\n(nil)\r\nPONG\n')
 }
 
+# bats test_tags=keys
 @test "every line of a long reply, and an error, ends in CRLF when the request did" {
     start_kv
     printf 'SET a 1\r\nKEYS\r\nHELP\r\nHELP SET\r\nNOSUCH\r\nGET "\r\n' | talk >"$tmp/out"
@@ -653,22 +681,26 @@ strangers() { # COUNT LINE
     not grep $'\r.' "$tmp/out"
 }
 
+# bats test_tags=table
 @test "a CR that is not before the LF is a byte like any other" {
     start_kv
     printf 'SET a x\ry\r\nGET a\nSET b x\r\r\nGET b\n' | talk >"$tmp/out"
     cmp "$tmp/out" <(printf 'OK\r\n"x\\ry"\nOK\r\n"x\\r"\n')
 }
 
+# bats test_tags=words
 @test "empty lines and comments are skipped without a reply" {
     start_kv
     printf '\n\r\n  \t \n# GET a "\n  #PING\n#\nPING\n' | talk | is PONG
 }
 
+# bats test_tags=table
 @test "a # is a comment only where a line begins" {
     start_kv
     ask 'SET #a #b' 'GET #a' "'#a'" | is_like OK '#b' '\(error\) ERR unknown command.*'
 }
 
+# bats test_tags=table
 @test "inside a plain word quotes and backslashes are bytes like any other" {
     start_kv
     for word in "don't" '5"' 'a\b' 'x"y' "x'" 'a\n' '\' '\"' 'a""' "a''b"; do
@@ -676,6 +708,7 @@ strangers() { # COUNT LINE
     done
 }
 
+# bats test_tags=table
 @test "a double-quoted word holds blanks and the escapes \\\" \\\\ \\n \\r \\t \\xHH" {
     start_kv
     ask "SET k \"a 'b' \\\"c\\\" \\\\ \\n\\r\\t\\x00\\xfF\\x41\"" 'GET k' >"$tmp/out"
@@ -683,21 +716,25 @@ strangers() { # COUNT LINE
     ask 'SET "\"\\\n\r\t" 1' 'GET "\x22\x5c\x0a\x0d\x09"' | is OK 1
 }
 
+# bats test_tags=table
 @test "a single-quoted word is taken as it stands" {
     start_kv
     ask "SET k 'a  \"b\" \\n \\'" 'GET k' "SET '' ''" 'GET ""' | is OK 'a  "b" \n \' OK '""'
 }
 
+# bats test_tags=table
 @test "an empty quoted word is a word: \"\" and ''" {
     start_kv
     ask 'SET "" 1' "GET ''" "EXISTS ''" "''" | is_like OK 1 1 '\(error\) ERR unknown command .*'
 }
 
+# bats test_tags=table
 @test "any word may be quoted, also the command's name" {
     start_kv
     ask "\"SET\" 'a' \"x\"" "'get' a" | is OK x
 }
 
+# bats test_tags=words
 @test "an unknown escape is an error, and the connection goes on" {
     start_kv
     for escape in '\a' '\0' '\x' '\x4' '\xg1' '\x1g' '\N' '\X41' '\u0041' "\\'" '\ ' '\x 1'; do
@@ -705,6 +742,7 @@ strangers() { # COUNT LINE
     done
 }
 
+# bats test_tags=words
 @test "a quote that is not closed is an error, and the connection goes on" {
     start_kv
     for word in '"' "'" '"abc' "'abc" '"abc\"' '"a b' "\"abc'" "'abc\""; do
@@ -713,6 +751,7 @@ strangers() { # COUNT LINE
     ask 'EXISTS "ab\' PING | is_like '\(error\) ERR .*' PONG
 }
 
+# bats test_tags=table
 @test "behind a closing quote must come a blank or the end of the line" {
     start_kv
     for word in '"a"b' "'a'b" '"a""b"' "'a''b'" "\"a\"'b'" '""x' '"a"\n' '"a"#'; do
@@ -721,17 +760,20 @@ strangers() { # COUNT LINE
     printf 'EXISTS "a"\t"b"\nEXISTS "a" \nEXISTS "b"\r\n' | talk | is 0 0 $'0\r'
 }
 
+# bats test_tags=words
 @test "a quoted word ends with its line" {
     start_kv
     ask 'EXISTS "one' 'PING' 'two"' | is_like '\(error\) ERR .*quote.*' PONG '\(error\).*'
 }
 
+# bats test_tags=keys
 @test "UTF-8 passes in keys, values and patterns" {
     start_kv
     ask 'SET grüße 世界' 'GET grüße' 'KEYS grü*' 'ECHO "naïve ☃"' |
         is OK 世界 grüße '(1 key)' 'naïve ☃'
 }
 
+# bats test_tags=words
 @test "every byte but blanks and newline may stand in a plain word as it is" {
     start_kv
     (quickly raw_words 'ECHO ') | talk | (quickly decode) >"$tmp/decoded"
@@ -751,6 +793,7 @@ decode() {
     done
 }
 
+# bats test_tags=table
 @test "a request may arrive cut in two at any place" {
     start_kv
     request=$'SET "k\\x41" \'v w\'\r\nGET kA\n'
@@ -765,6 +808,7 @@ decode() {
     done
 }
 
+# bats test_tags=table
 @test "a request may arrive a byte at a time" {
     start_kv
     connect
@@ -778,6 +822,7 @@ decode() {
     receive "$c" && [[ $line = *GETT* ]]
 }
 
+# bats test_tags=commands
 @test "several requests may arrive in one packet, good and bad ones" {
     start_kv
     connect
@@ -785,11 +830,13 @@ decode() {
     rest "$c" | is_like $'OK\r' '.*NOSUCH.*' 1 '\(error\).*' 2 1 OK
 }
 
+# bats test_tags=commands
 @test "100,000 pipelined requests are answered in order" {
     start_kv
     yes 'INCR n' | head -n 100000 | talk | cmp - <(seq 100000)
 }
 
+# bats test_tags=table
 @test "thousands of pipelined requests are answered in order, cut anywhere" {
     start_kv
     paste -d '' <(seq -f 'SET k%.0f ' 3000) <(seq -f 'v%.0f' 3000) >"$tmp/in"
@@ -800,6 +847,7 @@ decode() {
     done
 }
 
+# bats test_tags=table
 @test "after a half-close everything that was sent is answered" {
     start_kv
     ask 'SET big "'"$(x 100000)"'"' | is OK
@@ -807,6 +855,7 @@ decode() {
     (($(talk <"$tmp/in" | wc -c) == 500 * 100001))
 }
 
+# bats test_tags=table
 @test "a last line without newline is not run: it gets one error that says so" {
     start_kv
     printf 'SET balance 1\nPING\nSET balance 12' | talk |
@@ -820,12 +869,14 @@ decode() {
 # Text protocol: replies
 # ==========================================================================================
 
+# bats test_tags=commands
 @test "a reply is a status, a value, (nil), an integer or an (error)" {
     start_kv
     ask PING 'SET a "hello world"' 'GET a' 'GET b' 'INCR n' 'INCR a' |
         is_like PONG OK 'hello world' '\(nil\)' 1 '\(error\) ERR .+'
 }
 
+# bats test_tags=words
 @test "a value that cannot be misread is bare" {
     start_kv
     for value in x OK 'a b' 'a  b' 'a"b' 'a"' 'a(b' ')' '#a' 'a\b' '\' '\n' '*' '-ERR' é; do
@@ -834,6 +885,7 @@ decode() {
     ask "ECHO don't" "ECHO \"'a'\"" "ECHO \"' \\\" x\"" | is "don't" "'a'" "' \" x"
 }
 
+# bats test_tags=words
 @test "a value that bare could be misread is quoted" {
     start_kv
     for value in '(nil)' '(' '(error) ERR x' '(3 keys)' ' ' ' a' 'a ' '  '; do
@@ -843,6 +895,7 @@ decode() {
     printf "ECHO '\ta'\nECHO 'a\t'\nECHO 'a\tb'\n" | talk | is '"\ta"' '"a\t"' '"a\tb"'
 }
 
+# bats test_tags=words
 @test "in a quoted value backslash, newline, return, tab and double quote have one spelling" {
     start_kv
     ask 'ECHO "\\ \n \r \t \" \x22 \x5C \x0A \x0d \x09 x"' |
@@ -850,6 +903,7 @@ decode() {
     ask 'ECHO " \"\\"' 'ECHO "\x00\\n"' | is '" \x22\\"' '"\x00\\n"'
 }
 
+# bats test_tags=words
 @test "any other control byte is spelled \\xHH in lower case, and 0x80 to 0xff stand raw" {
     start_kv
     (quickly control_bytes ECHO) | talk | cmp - <(quickly control_bytes)
@@ -871,6 +925,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
     done
 }
 
+# bats test_tags=table
 @test "a quoted reply, sent back as a word, is the same bytes, for all 256 byte values" {
     start_kv
     (quickly every_byte '"\\"\\x%02xn"\n') >"$tmp/words"
@@ -880,6 +935,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
     sed 's/^/DEL /' "$tmp/quoted" | talk | uniq -c | is_like ' *256 1'
 }
 
+# bats test_tags=words
 @test "printf %b decodes a quoted value, for all 256 byte values" {
     start_kv
     (quickly every_byte 'ECHO "\\"\\x%02xn"\n') | talk | (quickly decode) >"$tmp/decoded"
@@ -887,6 +943,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
     [[ $(od -An -tx1 -N 12 "$tmp/decoded") = ' 22 00 6e 0a 22 01 6e 0a 22 02 6e 0a' ]]
 }
 
+# bats test_tags=table
 @test "a value of all 256 byte values keeps its bytes" {
     start_kv
     all=$(quickly every_byte '\\x%02x')
@@ -894,6 +951,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
     tail -n 1 "$tmp/out" | (quickly decode) | cmp - <(printf '%b\n' "$all$all")
 }
 
+# bats test_tags=keys
 @test "each line of KEYS is a word that can be sent back, for all 256 byte values" {
     start_kv
     (quickly every_byte '\\x%02x\n') >"$tmp/bytes"
@@ -914,6 +972,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
     ask KEYS | is '(0 keys)'
 }
 
+# bats test_tags=keys
 @test "KEYS quotes a key that holds a blank or starts with a single quote, GET does not" {
     start_kv
     ask "SET 'a b' 'a b'" "SET \"'c\" \"'c\"" 'SET d\e d\e' "SET don't x" | sort -u | is OK
@@ -921,12 +980,14 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
     ask 'GET "a b"' "GET \"'c\"" | is 'a b' "'c"
 }
 
+# bats test_tags=keys
 @test "a long reply ends in a line that counts, in the singular for one" {
     start_kv
     ask KEYS 'SET a 1' KEYS 'SET b 2' 'KEYS a' 'SET c 3' | is '(0 keys)' OK a '(1 key)' OK a '(1 key)' OK
     ask KEYS | tail -n 1 | is '(3 keys)'
 }
 
+# bats test_tags=commands
 @test "what an error repeats is quoted and cut at 64 bytes" {
     start_kv
     word=$(printf 'a%.0s' {1..65}) zeros=$(printf '\\x00%.0s' {1..65})
@@ -939,6 +1000,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
         '.*"\(nosuch".*' '.*"".*'
 }
 
+# bats test_tags=words
 @test "no client can write a line of its own into a reply" {
     start_kv
     for lie in '\nOK' '\r\nOK\r\n' 'x\r\n(0 keys)' '\x1b[2J' '\x00\n'; do
@@ -953,6 +1015,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
 # Pipelining and packets
 # ==========================================================================================
 
+# bats test_tags=commands
 @test "the replies to requests that arrive together go out in one send" {
     start_traced_kv sendto
     connect
@@ -963,6 +1026,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
     grep sendto "$tmp/trace" | is_like '.*sendto\(.*, 5, .*\) += 5' '.*sendto\(.*, 261, .*\) = 261'
 }
 
+# bats test_tags=guards
 @test "connections ask TCP for keepalive and for no delay, the listener for its old address" {
     start_traced_kv setsockopt
     connect
@@ -973,6 +1037,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
     grep 'TCP_NODELAY, \[1\], 4) = 0' "$tmp/trace"
 }
 
+# bats test_tags=guards
 @test "a client that has vanished is found after 5 minutes" {
     start_traced_kv setsockopt
     connect
@@ -1008,6 +1073,7 @@ end_trace() {
     wait_until grep -q "exited with 0" "$tmp/trace"
 }
 
+# bats test_tags=table
 @test "a client that takes no replies makes the server wait, within bounded memory" {
     start_kv
     ask "SET k $(x 1000)" | is OK
@@ -1018,6 +1084,7 @@ end_trace() {
     takes_less VmHWM 12000
 }
 
+# bats test_tags=shards
 @test "while one client takes no replies, the others do not wait" {
     start_kv -s 1
     ask "SET k $(x 1000)" | is OK
@@ -1029,6 +1096,7 @@ end_trace() {
     (($(now_ms) - start < 10000))
 }
 
+# bats test_tags=keys
 @test "a reply of many megabytes arrives whole" {
     start_kv
     seq -f 'SET a-rather-long-key-to-have-many-bytes-%.0f x' 100000 | talk | sort -u | is OK
@@ -1041,16 +1109,19 @@ end_trace() {
 # Commands
 # ==========================================================================================
 
+# bats test_tags=words
 @test "PING answers PONG, or its message" {
     start_kv
     ask PING 'PING "a b"' 'PING "\n"' | is PONG 'a b' '"\n"'
 }
 
+# bats test_tags=words
 @test "ECHO repeats its message" {
     start_kv
     ask 'ECHO x' 'ECHO ""' | is x '""'
 }
 
+# bats test_tags=table
 @test "QUIT answers OK and closes; what stands behind it is not run" {
     start_kv
     connect
@@ -1060,12 +1131,14 @@ end_trace() {
     ask 'GET a' | is 1
 }
 
+# bats test_tags=table
 @test "SET stores, GET looks up, also over what was there" {
     start_kv
     ask 'GET a' 'SET a 1' 'GET a' 'SET a 22222' 'GET a' 'SET a ""' 'GET a' 'GET A' |
         is '(nil)' OK 1 OK 22222 OK '""' '(nil)'
 }
 
+# bats test_tags=expiry
 @test "SET NX stores only a new key, SET XX only one that is there" {
     start_kv
     ask 'SET a 1 XX' 'GET a' 'SET a 1 NX' 'SET a 2 NX' 'GET a' 'SET a 3 xx' 'GET a' |
@@ -1073,6 +1146,7 @@ end_trace() {
     ask 'SET a x NX EX 100' 'TTL a' 'SET a x NX KEEPTTL' 'GET a' | is '(nil)' -1 '(nil)' 3
 }
 
+# bats test_tags=expiry
 @test "SET takes EX, PX, EXAT, PXAT or KEEPTTL, with NX or XX before or behind" {
     start_kv
     now=$(date +%s)
@@ -1086,6 +1160,7 @@ end_trace() {
         is_like OK '(9[0-9]|100)' OK '(9[0-9]|100)' OK -1
 }
 
+# bats test_tags=expiry
 @test "SET options that contradict each other, lack their number or are unknown change nothing" {
     start_kv
     ask 'SET a old EX 100' | is OK
@@ -1100,6 +1175,7 @@ end_trace() {
     ask 'GET a' 'TTL a' | is_like old '(9[0-9]|100)'
 }
 
+# bats test_tags=expiry
 @test "SET refuses a time that is zero, negative or overflows, and changes nothing" {
     start_kv
     ask 'SET a old' | is OK
@@ -1111,17 +1187,20 @@ end_trace() {
     ask 'GET a' 'TTL a' 'SET a b PXAT 9223372036854775807' 'GET a' | is old -1 OK b
 }
 
+# bats test_tags=table
 @test "DEL removes all its keys and counts those that were there" {
     start_kv
     ask 'SET a 1' 'SET b 2' 'SET c 3' 'DEL a b nosuch a' 'DEL a' 'GET b' 'GET c' DBSIZE |
         is OK OK OK 2 0 '(nil)' 3 1
 }
 
+# bats test_tags=table
 @test "EXISTS counts its keys, one that is named twice twice" {
     start_kv
     ask 'SET a 1' 'SET b 2' 'EXISTS a' 'EXISTS a b nosuch a' 'EXISTS nosuch' | is OK OK 1 3 0
 }
 
+# bats test_tags=commands
 @test "INCR, DECR, INCRBY and DECRBY count, from 0 where there is no key" {
     start_kv
     ask 'INCR a' 'INCR a' 'DECR a' 'INCRBY a 40' 'DECRBY a 2' 'GET a' 'INCRBY a -40' 'DECRBY a -5' |
@@ -1129,6 +1208,7 @@ end_trace() {
     ask 'DECR b' 'INCRBY c 5' 'DECRBY d 5' 'SET e -7' 'INCR e' | is -1 5 -5 OK -6
 }
 
+# bats test_tags=commands
 @test "INCR counts in 64 bits, and overflow is an error that changes nothing" {
     start_kv
     max=9223372036854775807 min=-9223372036854775808
@@ -1141,6 +1221,7 @@ end_trace() {
     ask "INCRBY a $max" "DECRBY a $max" | is "${max%7}6" -1
 }
 
+# bats test_tags=commands
 @test "INCR takes a value and a number only as it would print them" {
     start_kv
     error='\(error\) ERR value is not an integer or out of range'
@@ -1153,11 +1234,13 @@ end_trace() {
     ask 'SET a "1\x00"' 'INCR a' 'SET a "1\n"' 'INCR a' | is_like OK "$error" OK "$error"
 }
 
+# bats test_tags=expiry
 @test "INCR keeps the deadline" {
     start_kv
     ask 'SET a 1 EX 100' 'INCR a' 'DECRBY a 1000000' 'TTL a' | is_like OK 2 -999998 '(9[0-9]|100)'
 }
 
+# bats test_tags=keys
 @test "KEYS matches * ? [a-z] [^a] and \\x" {
     start_kv
     for key in hello hallo hxllo hllo heello 'h*llo' 'h?llo' 'h[llo' h-llo Hello; do
@@ -1177,6 +1260,7 @@ end_trace() {
     (($(ask KEYS | wc -l) == 11))
 }
 
+# bats test_tags=keys
 @test "KEYS counts what it lists, patterns match bytes, and an empty pattern an empty key" {
     start_kv
     ask 'SET "" 1' 'SET "a\nb" 2' 'SET "\xff" 3' | sort -u | is OK
@@ -1184,6 +1268,7 @@ end_trace() {
         is '""' '(1 key)' '"a\nb"' '(1 key)' '"a\nb"' '(1 key)' $'\xff' '(1 key)' $'\xff' '(1 key)'
 }
 
+# bats test_tags=keys
 @test "KEYS with many stars is not exponential" {
     start_kv
     ask "SET $(printf 'a%.0s' {1..5000}) 1" | is OK
@@ -1192,6 +1277,7 @@ end_trace() {
     tail -n 1 "$tmp/out" | is '(1 key)'
 }
 
+# bats test_tags=expiry
 @test "EXPIRE, PEXPIRE, EXPIREAT and PEXPIREAT set a deadline, TTL and PTTL tell it" {
     start_kv
     now=$(date +%s)
@@ -1203,12 +1289,14 @@ end_trace() {
     done
 }
 
+# bats test_tags=expiry
 @test "TTL rounds to the nearest second, as Redis does" {
     start_kv
     ask 'SET a 1 PX 1900' 'TTL a' 'SET a 1 PX 1499' 'TTL a' 'SET a 1 PX 499' 'TTL a' |
         is OK 2 OK 1 OK 0
 }
 
+# bats test_tags=expiry
 @test "a deadline in the past removes the key" {
     start_kv
     for request in 'EXPIRE a 0' 'EXPIRE a -1' 'PEXPIRE a -5' 'EXPIREAT a 1' 'EXPIREAT a 0' \
@@ -1218,6 +1306,7 @@ end_trace() {
     ask 'SET a 1' 'SET a 2 EXAT 1' 'GET a' 'SET b 2 PXAT 1' DBSIZE | is OK OK '(nil)' OK 0
 }
 
+# bats test_tags=expiry
 @test "a deadline that is no number or overflows is an error, and changes nothing" {
     start_kv
     ask 'SET a 1 EX 100' | is OK
@@ -1236,11 +1325,13 @@ end_trace() {
     ask 'GET a' 'TTL a' 'PEXPIREAT a 9223372036854775807' 'GET a' | is_like 1 '(9[0-9]|100)' 1 1
 }
 
+# bats test_tags=expiry
 @test "PERSIST takes the deadline away" {
     start_kv
     ask 'SET a 1 EX 100' 'PERSIST a' 'TTL a' 'PERSIST a' 'PERSIST nosuch' 'GET a' | is OK 1 -1 0 0 1
 }
 
+# bats test_tags=keys
 @test "DBSIZE counts the keys, FLUSHALL and FLUSHDB remove them all" {
     start_kv
     for request in FLUSHALL FLUSHDB; do
@@ -1255,6 +1346,7 @@ end_trace() {
 # Memory and growth
 # ==========================================================================================
 
+# bats test_tags=keys
 @test "200,000 keys are all found again" {
     start_kv
     n=$((200000 / part))
@@ -1266,6 +1358,7 @@ end_trace() {
     ask KEYS | head -n -1 | sort | cmp - <(seq -f 'k%.0f' 1 2 $n | sort)
 }
 
+# bats test_tags=keys
 @test "one shard works, and so do 4096" {
     for shards in 1 4096; do
         start_kv -s "$shards"
@@ -1279,6 +1372,7 @@ end_trace() {
     done
 }
 
+# bats test_tags=keys
 @test "KEYS sees each key exactly once while the table grows" {
     start_kv -s 1
     rounds=6 && if [[ $sanitized ]]; then rounds=$((part > 1 ? 2 : 4)); fi
@@ -1296,6 +1390,7 @@ end_trace() {
     done
 }
 
+# bats test_tags=keys
 @test "nobody can foretell where keys go: each server hashes with a seed of its own" {
     for run in 1 2; do
         start_kv -s 1
@@ -1307,6 +1402,7 @@ end_trace() {
     not cmp "$tmp/keys.1" "$tmp/keys.2"
 }
 
+# bats test_tags=table
 @test "overwriting a value with longer and shorter ones keeps the last, and memory" {
     start_kv
     for size in 10 1000 100000 500 0 1; do
@@ -1320,6 +1416,7 @@ end_trace() {
 
 # Twice: a thread may take memory from another arena of malloc than the thread before. But not each
 # time more.
+# bats test_tags=keys
 @test "memory that FLUSHALL frees is used again, of large and of small entries" {
     for value in "$(x 500)" x; do
         start_kv
@@ -1334,6 +1431,7 @@ end_trace() {
 }
 
 # Each connection has a thread of its own, and malloc may keep what one has freed for that one.
+# bats test_tags=table
 @test "clients of a pool that SET and DEL in turn do not make memory grow with their number" {
     start_kv
     n=$((50000 / part))
@@ -1353,6 +1451,7 @@ end_trace() {
 # Expiry
 # ==========================================================================================
 
+# bats test_tags=keys
 @test "a key past its deadline is gone at once, for every command" {
     start_kv
     connect
@@ -1383,6 +1482,7 @@ GET k = (nil)
 END
 }
 
+# bats test_tags=expiry
 @test "a key does not expire before its deadline" {
     start_kv
     start=$(now_ms)
@@ -1393,6 +1493,7 @@ END
     wait_until keys_are 0
 }
 
+# bats test_tags=expiry
 @test "expired keys are removed within a second, without anybody looking" {
     start_kv
     seq -f "SET k%.0f $(x 100) PX 300" 10000 | talk | uniq | is OK
@@ -1403,6 +1504,7 @@ END
     ask 'GET stays' 'TTL stays' | is 1 -1
 }
 
+# bats test_tags=expiry
 @test "memory of what expires is used again, of large and of small entries" {
     start_kv
     for round in 1 2 3 4; do
@@ -1418,6 +1520,7 @@ END
     takes_less VmHWM $((before * 9 / 4))
 }
 
+# bats test_tags=keys
 @test "a deadline that was taken away, moved or replaced leaves nothing behind" {
     start_kv
     ask 'SET a 1 PX 1000' 'SET a 2' 'SET b 1 PX 1000' 'PERSIST b' 'SET c 1 PX 1000' 'EXPIRE c 100' |
@@ -1437,6 +1540,7 @@ END
     ask FLUSHALL 'SET a 1' 'TTL a' | is OK OK -1
 }
 
+# bats test_tags=keys
 @test "of thousands of deadlines in random order, changed at random, each is kept" {
     start_kv -s 1
     seq 4000 | shuf >"$tmp/order"
@@ -1461,6 +1565,7 @@ deadlines() {
     done
 }
 
+# bats test_tags=expiry
 @test "500,000 far deadlines cost an idle server next to nothing" {
     start_kv
     seq -f 'SET k%.0f x EX 100000' $((500000 / part)) | talk | uniq | is OK
@@ -1469,7 +1574,7 @@ deadlines() {
     (($(cpu_ticks) - before <= (${#sanitized} ? 20 : 4)))
 }
 
-# bats test_tags=alone
+# bats test_tags=expiry,alone
 @test "100,000 keys that expire in one second do not hold up another client" {
     start_idle_kv
     start_kv -s 1
@@ -1528,6 +1633,7 @@ swarm() { # COUNT FILE
     wait "${pids[@]}"
 }
 
+# bats test_tags=commands
 @test "100 connections that INCR one key 1,000 times each make exactly 100,000" {
     start_kv
     yes 'INCR n' | head -n 1000 >"$tmp/in"
@@ -1537,6 +1643,7 @@ swarm() { # COUNT FILE
     for file in "$tmp"/replies.*; do sort -nc "$file"; done
 }
 
+# bats test_tags=expiry
 @test "of 50 connections that SET NX the same keys, each key has one winner" {
     start_kv
     n=$((10000 / part))
@@ -1545,6 +1652,7 @@ swarm() { # COUNT FILE
     cat "$tmp"/replies.* | sort | uniq -c | is_like " *$((n * 49)) \(nil\)" " *$n OK"
 }
 
+# bats test_tags=expiry
 @test "of 50 connections that SET NX and DEL one key, each win is undone once" {
     start_kv
     yes $'SET lock mine NX\nDEL lock' | head -n $((10000 / part)) >"$tmp/in"
@@ -1554,6 +1662,7 @@ swarm() { # COUNT FILE
     ((wins > 1000 / part && wins == undone + $(ask 'EXISTS lock')))
 }
 
+# bats test_tags=table
 @test "of 50 connections that DEL the same keys, each key is counted once" {
     start_kv
     seq -f 'SET k%.0f x' 8000 | talk | uniq | is OK
@@ -1563,6 +1672,7 @@ swarm() { # COUNT FILE
     ask DBSIZE | is 0
 }
 
+# bats test_tags=table
 @test "values that many connections overwrite are never torn" {
     start_kv
     for letter in a b; do
@@ -1576,6 +1686,7 @@ swarm() { # COUNT FILE
     comm -13 "$tmp/values" <(uniq "$tmp/seen") | is
 }
 
+# bats test_tags=keys
 @test "KEYS shows no garbage while others write, delete, expire and flush" {
     start_kv -s 4
     for i in {1..400}; do
@@ -1620,6 +1731,7 @@ all_say() { # WORD: whether each holder has said that
     ! grep -L -x "$1" "$tmp"/holder.* | grep -q .
 }
 
+# bats test_tags=guards
 @test "10,000 open connections, default settings: each is answered and costs at most 12 KiB" {
     count=$connections most=$(($(ulimit -H -n) - 100))
     if ((count > most)); then
@@ -1647,6 +1759,7 @@ all_say() { # WORD: whether each holder has said that
     wait_until clients_are 0
 }
 
+# bats test_tags=guards
 @test "with -c 10 the 11th client is told so, the others are served, and one that leaves makes room" {
     start_kv -c 10
     for i in {1..10}; do connect && answers "$c" PING PONG; done
@@ -1667,6 +1780,7 @@ all_say() { # WORD: whether each holder has said that
 # Limits and abuse
 # ==========================================================================================
 
+# bats test_tags=keys
 @test "keys and values of one megabyte are kept, also when every byte is an escape" {
     start_kv
     key=$(x 1048575)
@@ -1677,6 +1791,7 @@ all_say() { # WORD: whether each holder has said that
     (($(wc -c <"$tmp/out") == 3 + 524288 * 5 + 3))
 }
 
+# bats test_tags=guards
 @test "a request may have 4259840 bytes as it stands on the wire, and with one more it is too long" {
     start_kv
     limit=4259840
@@ -1702,6 +1817,7 @@ resp_of() { # BYTES
     printf '*2\r\n$4\r\nECHO\r\n$%d\r\n' "$n" && x "$n" && printf '\r\n'
 }
 
+# bats test_tags=guards
 @test "a request over --max-request is too long, in its own form, and the connection is closed" {
     for limit in 1024 5000 65536; do
         start_kv --max-request "$limit"
@@ -1726,6 +1842,7 @@ resp_of() { # BYTES
     done
 }
 
+# bats test_tags=guards
 @test "a line of 100 MB is refused, within bounded memory" {
     start_kv
     for end in '\n' '\r\n'; do
@@ -1735,6 +1852,7 @@ resp_of() { # BYTES
     takes_less VmHWM 20000
 }
 
+# bats test_tags=resp
 @test "a request of more than 1,024 words is too long, and the connection is closed" {
     start_kv
     ask "EXISTS $(seq -s ' ' 1023)" PING | is 0 PONG
@@ -1749,6 +1867,7 @@ resp_of() { # BYTES
     ask DBSIZE | is 0
 }
 
+# bats test_tags=resp
 @test "a length that is announced counts: a request that would be too long is refused before it comes" {
     start_kv
     for header in '*3\r\n$999999999\r\n' '*2\r\n$4\r\nECHO\r\n$999999999\r\nabc' '*2\r\n$4\r\nECHO\r\n$4259841\r\n' \
@@ -1765,6 +1884,7 @@ resp_of() { # BYTES
     ask PING | is PONG
 }
 
+# bats test_tags=table
 @test "byte 0xff at the start of a line closes the connection: Ctrl-C in telnet" {
     start_kv
     connect
@@ -1778,6 +1898,7 @@ resp_of() { # BYTES
     ask DBSIZE | is 0
 }
 
+# bats test_tags=guards
 @test "a web browser's POST gets one error, and nothing in it is run" {
     start_kv
     connect
@@ -1787,6 +1908,7 @@ resp_of() { # BYTES
     grep WARN "$log"
 }
 
+# bats test_tags=guards
 @test "a web browser's Host: gets one error, and nothing behind it is run" {
     start_kv
     connect
@@ -1797,6 +1919,7 @@ resp_of() { # BYTES
     grep WARN "$log"
 }
 
+# bats test_tags=guards
 @test "MULTI, EXEC, WATCH and DISCARD get one error and the end: nothing behind them is run" {
     start_kv
     error='ERR kv has no transactions.*'
@@ -1814,6 +1937,7 @@ resp_of() { # BYTES
     ask 'EXISTS n' 'GET a' | is 0 36
 }
 
+# bats test_tags=guards
 @test "a transaction of redis-py fails as a whole" {
     /usr/bin/python3 -c 'import redis' 2>/dev/null ||
         skip "redis-py is missing: make deps-all installs it (python3-redis)"
@@ -1828,6 +1952,7 @@ print(r.get("n").decode())
 PYTHON
 }
 
+# bats test_tags=guards
 @test "--timeout closes a silent client, and not one that keeps asking" {
     start_kv --timeout 1
     connect
@@ -1844,6 +1969,7 @@ PYTHON
     wait_until clients_are 1
 }
 
+# bats test_tags=guards
 @test "--timeout closes a client that never takes its replies" {
     start_kv --timeout 1
     ask "SET k $(x 1000)" | is OK
@@ -1852,6 +1978,7 @@ PYTHON
     wait_until clients_are 0
 }
 
+# bats test_tags=words
 @test "without --timeout a silent client is kept" {
     start_kv
     connect
@@ -1861,6 +1988,7 @@ PYTHON
 }
 
 # As on macOS and BSD. Linux does not hand O_NONBLOCK on.
+# bats test_tags=table
 @test "where accept hands on that the listener does not block, clients are waited for all the same" {
     preload '#define _GNU_SOURCE
         #include <sys/socket.h>
@@ -1878,6 +2006,7 @@ PYTHON
     not grep -E 'closed: (timeout|Resource)' "$log"
 }
 
+# bats test_tags=guards
 @test "before AUTH a silent client is closed after 10 s, though --timeout is 0, after it not" {
     start_locked_kv sesame
     connect
@@ -1898,6 +2027,7 @@ PYTHON
 }
 
 # A client that takes no replies is found by the time that a send may take.
+# bats test_tags=guards
 @test "before AUTH a receive and a send may take 10 s, after it as long as --timeout says" {
     (umask 077 && echo sesame >"$tmp/password")
     start_traced_kv setsockopt -P "$tmp/password" --timeout 70
@@ -1908,6 +2038,7 @@ PYTHON
     done
 }
 
+# bats test_tags=guards
 @test "before AUTH --timeout closes a silent client earlier than after 10 s, when it is less" {
     start_locked_kv sesame --timeout 1
     connect
@@ -1918,6 +2049,7 @@ PYTHON
 }
 
 # A slot is free before its client can know that the connection has ended.
+# bats test_tags=guards
 @test "at the limit (-c 1) 3,000 clients that come one after the other are all served" {
     start_kv -c 1
     wait_until clients_are 0
@@ -1936,7 +2068,7 @@ one_by_one() { # COUNT: each asks, quits, and waits for the end of its connectio
 
 # Here the thread that learns of the end and the one that accepts the next client begin at the same
 # moment. Which is first is chance, so somebody may be refused; but not most.
-# bats test_tags=alone
+# bats test_tags=guards,alone
 @test "at the limit (-c 1) of 3,000 clients that come one after the other, and leave without a word, few are refused" {
     start_kv -c 1
     wait_until clients_are 0
@@ -1958,6 +2090,7 @@ hurried() { # COUNT: each asks, takes the reply and closes
     done
 }
 
+# bats test_tags=guards
 @test "when a thread cannot be made its client is refused, and later ones are served" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
@@ -1976,6 +2109,7 @@ hurried() { # COUNT: each asks, takes the reply and closes
     wait_until ping
 }
 
+# bats test_tags=table
 @test "a client that disconnects in the middle of a request or of its replies harms nobody" {
     start_kv
     ask "SET k $(x 100000)" | is OK
@@ -1992,6 +2126,7 @@ hurried() { # COUNT: each asks, takes the reply and closes
 # Shutdown
 # ==========================================================================================
 
+# bats test_tags=stop
 @test "SIGTERM, SIGINT and SIGHUP end an idle server with status 0 and say so in the log" {
     leash+=(env --default-signal=HUP) # who runs the tests with nohup ignores it
     for signal in TERM INT HUP; do
@@ -2005,6 +2140,7 @@ hurried() { # COUNT: each asks, takes the reply and closes
     done
 }
 
+# bats test_tags=commands
 @test "SIGHUP is ignored when it was at the start, as nohup does; SIGTERM ends the server then" {
     leash+=(env --ignore-signal=HUP)
     start_kv
@@ -2020,6 +2156,7 @@ hurried() { # COUNT: each asks, takes the reply and closes
     ((status == 0))
 }
 
+# bats test_tags=stop
 @test "every request that had arrived before SIGTERM is run and answered, then the end" {
     start_kv
     connect
@@ -2037,6 +2174,7 @@ hurried() { # COUNT: each asks, takes the reply and closes
     ((status == 0))
 }
 
+# bats test_tags=stop
 @test "clients that wait to be accepted when SIGTERM comes are answered, though there are hundreds" {
     start_kv
     kill -STOP "$pid"
@@ -2046,6 +2184,7 @@ hurried() { # COUNT: each asks, takes the reply and closes
     ((status == 0))
 }
 
+# bats test_tags=stop
 @test "when accept fails after SIGTERM those who wait behind are answered all the same" {
     trace_kv -e trace=accept,accept4 -e inject=accept,accept4:error=ENFILE:when=3..4
     start_kv
@@ -2070,6 +2209,7 @@ stop_with_queue() { # COUNT [FILE]
     for fd in "${queue[@]}"; do rest "$fd" || true; done
 }
 
+# bats test_tags=guards
 @test "clients that QUIT and do not close lock nobody out, though they are more than --max-clients" {
     start_kv -c 10
     for i in {1..200}; do
@@ -2079,6 +2219,7 @@ stop_with_queue() { # COUNT [FILE]
     done
 }
 
+# bats test_tags=guards
 @test "SIGTERM ends the server within 5 s also at the limit (-c 1), when 200 more clients want to come" {
     start_kv -c 1
     connect
@@ -2092,6 +2233,7 @@ stop_with_queue() { # COUNT [FILE]
     not grep -Evx $'[0-9]+|-ERR max number of clients reached\r' "$tmp/replies"
 }
 
+# bats test_tags=commands
 @test "SIGTERM ends the server within 5 s though clients send on and on; what they got is in order" {
     start_kv
     for i in {1..4}; do
@@ -2111,6 +2253,7 @@ stop_with_queue() { # COUNT [FILE]
 # reader whom a busy machine makes wait; so there are several tries.
 without_end='exec yes "INCR $2$(printf %50000s)" >&"$1" 2>/dev/null'
 
+# bats test_tags=stop
 @test "what is run is answered, also to a client that goes on sending and reading after SIGTERM" {
     exact=0
     for try in 1 2 3 4 5; do
@@ -2146,6 +2289,7 @@ without_end='exec yes "INCR $2$(printf %50000s)" >&"$1" 2>/dev/null'
     false
 }
 
+# bats test_tags=stop
 @test "KEYS of a huge pattern against a huge key does not delay SIGTERM, though its client has left" {
     for who in stays leaves; do
         start_kv
@@ -2171,6 +2315,7 @@ set_to_work() {
 at_work() { (($(cpu_ticks) > before + 10)); }
 
 # A list that says how many there are is believed.
+# bats test_tags=stop
 @test "KEYS that SIGTERM cuts short does not pass for the full list" {
     start_kv
     { # four keys with which the pattern takes minutes, and sixteen that match
@@ -2189,6 +2334,7 @@ at_work() { (($(cpu_ticks) > before + 10)); }
     ((status == 0))
 }
 
+# bats test_tags=stop
 @test "SIGTERM ends the server within 5 s though a client takes no replies, and lets nobody in" {
     start_kv
     ask "SET k $(x 1000)" | is OK
@@ -2204,6 +2350,7 @@ at_work() { (($(cpu_ticks) > before + 10)); }
     ((status == 0 && $(now_ms) - start < 5000))
 }
 
+# bats test_tags=echo
 @test "SIGTERM ends the server within 5 s though clients send a byte now and then" {
     start_kv
     for bytes in x 'PING\n'; do
@@ -2216,6 +2363,7 @@ at_work() { (($(cpu_ticks) > before + 10)); }
 }
 
 # make sends its child SIGTERM and so does whoever stops make; timeout sends it twice.
+# bats test_tags=stop
 @test "a second signal soon after the first changes nothing: all is answered, and the status is 0" {
     for signals in 'TERM TERM' 'INT INT' 'TERM INT'; do
         read -r first second <<<"$signals"
@@ -2245,6 +2393,7 @@ commands_rest() { # the server does nothing any more
     (($(cpu_ticks) == before))
 }
 
+# bats test_tags=stop
 @test "a second signal more than half a second after the first ends the server at once with status 1" {
     for signal in TERM INT; do
         start_kv
@@ -2264,6 +2413,7 @@ commands_rest() { # the server does nothing any more
 # Help and errors
 # ==========================================================================================
 
+# bats test_tags=guards
 @test "HELP has a line of 80 columns for each command, begins with the basic five and counts them" {
     start_kv
     ask HELP >"$tmp/help"
@@ -2280,6 +2430,7 @@ commands_rest() { # the server does nothing any more
     { resp HELP; } | talk | head -n 1 | is "*$count"$'\r'
 }
 
+# bats test_tags=expiry
 @test "HELP of a command tells in three lines its syntax, what it does and what it replies" {
     start_kv
     ask 'HELP SET' >"$tmp/help"
@@ -2299,24 +2450,28 @@ commands_rest() { # the server does nothing any more
     done <"$tmp/help"
 }
 
+# bats test_tags=commands
 @test "HELP of a command that is not there names it" {
     start_kv
     ask 'HELP GETT' 'HELP ""' 'HELP POST' | is_like '\(error\) ERR .*GETT.*' '\(error\) ERR .*"".*' \
         '\(error\) ERR .*'
 }
 
+# bats test_tags=commands
 @test "an unknown command names itself and points at HELP" {
     start_kv
     ask 'GETT a' 'G' "''" | is_like '\(error\) ERR .*GETT.*HELP.*' '\(error\) ERR .*G.*HELP.*' \
         '\(error\) ERR .*"".*HELP.*'
 }
 
+# bats test_tags=commands
 @test "SET of a value with blanks but no quotes explains quoting" {
     start_kv
     ask 'SET greeting hello world' 'EXISTS greeting' |
         is_like '\(error\) ERR syntax error.*world.*"hello world".*' 0
 }
 
+# bats test_tags=keys
 @test "too few or too many words answer with the syntax" {
     start_kv
     while IFS='|' read -r request syntax; do
@@ -2349,6 +2504,7 @@ HELP a b|HELP [command]
 END
 }
 
+# bats test_tags=commands
 @test "after an error the connection goes on" {
     start_kv
     ask NOSUCH 'GET' 'GET "' 'SET a x' 'INCR a' 'SET a b c' 'EXPIRE a x' PING |
@@ -2364,6 +2520,7 @@ resp() { # WORD...: one request; words hold no NUL
     for word; do printf '$%d\r\n%s\r\n' ${#word} "$word"; done
 }
 
+# bats test_tags=resp
 @test "text and RESP alternate on one connection, each answered in its own form" {
     start_kv
     { resp SET a 1 && printf 'GET a\n' && resp GET a && printf 'GET b\r\n' && resp GET b &&
@@ -2372,6 +2529,7 @@ resp() { # WORD...: one request; words hold no NUL
             $'-ERR unknown command \'NOSUCH\', see HELP\r' 2 $':3\r'
 }
 
+# bats test_tags=keys
 @test "pipelined RESP requests reach the keys they name, alike or not, cut anywhere" {
     start_kv
     connect
@@ -2397,6 +2555,7 @@ alike_requests() { # keys grow
 }
 
 # What stands in the input now may stand where another key was expected to come.
+# bats test_tags=resp
 @test "a key is not taken for one that stood at the same place of an earlier packet" {
     start_kv
     ask 'SET a 1' 'SET zz 2' | is OK OK
@@ -2412,6 +2571,7 @@ alike_requests() { # keys grow
     done
 }
 
+# bats test_tags=resp
 @test "a RESP request may arrive a byte at a time, a bulk cut anywhere" {
     start_kv
     connect
@@ -2439,6 +2599,7 @@ takes_input() {
     return 1
 }
 
+# bats test_tags=resp
 @test "10,000 RESP requests in one write are answered in order" {
     start_kv
     quickly eval 'for ((i = 0; i < 10000; i++)); do printf "*2\r\n\$4\r\nINCR\r\n\$1\r\nn\r\n"; done' \
@@ -2446,6 +2607,7 @@ takes_input() {
     talk <"$tmp/requests" | cmp - <(seq -f $':%.0f\r' 10000)
 }
 
+# bats test_tags=keys
 @test "a bulk string holds any bytes, as key and as value, and may be empty" {
     start_kv
     all='' && for ((i = 0; i < 256; i++)); do all+=$(printf '\\x%02x' "$i"); done
@@ -2456,6 +2618,7 @@ takes_input() {
     { resp SET '' '' && resp GET '' && resp EXISTS ''; } | talk | is $'+OK\r' $'$0\r' $'\r' $':1\r'
 }
 
+# bats test_tags=resp
 @test "a malformed array gets one protocol error, and the connection is closed" {
     start_kv
     for wrong in '*x' '*' '*99999999999999999999' '* 1' '*+1' '*1\r\nx' '*1\r\n+PING' '*1\r\n$x' \
@@ -2467,11 +2630,13 @@ takes_input() {
     ask PING | is PONG
 }
 
+# bats test_tags=resp
 @test "empty arrays are skipped, as in Redis" {
     start_kv
     printf '*0\r\n*-1\r\n*-5\r\n*1\r\n$4\r\nPING\r\n*0\r\n' | talk | is $'+PONG\r'
 }
 
+# bats test_tags=resp
 @test "a length that is announced and not sent costs no memory" {
     start_kv --max-request 536870912
     before=$(process_kb VmRSS)
@@ -2484,11 +2649,13 @@ takes_input() {
     takes_less VmRSS $((before + 9600))
 }
 
+# bats test_tags=resp
 @test "SELECT 0, which files of Redis hold, is OK, and another database an error" {
     start_kv
     ask 'SELECT 0' 'SELECT 1' 'SELECT x' | is_like OK '\(error\) ERR .*' '\(error\) ERR .*'
 }
 
+# bats test_tags=resp
 @test "COMMAND, CONFIG and CLIENT are unknown commands, and the connection goes on" {
     start_kv
     { resp COMMAND DOCS && resp CONFIG GET save && resp CLIENT SETNAME x && resp PING; } |
@@ -2496,6 +2663,7 @@ takes_input() {
         $'-ERR unknown command .CLIENT.*' $'\\+PONG\r'
 }
 
+# bats test_tags=keys
 @test "redis-cli works as a shell, without an error at the start" {
     command -v redis-cli || skip "redis-cli is missing: make deps installs it"
     start_kv
@@ -2503,6 +2671,7 @@ takes_input() {
         is OK 'x y' 'ERR value is not an integer or out of range' '' a -2
 }
 
+# bats test_tags=resp
 @test "redis-benchmark runs clean, pipelined, with many connections and with threads" {
     command -v redis-benchmark || skip "redis-benchmark is missing: make deps installs it"
     start_kv
@@ -2518,6 +2687,7 @@ takes_input() {
     done
 }
 
+# bats test_tags=resp
 @test "redis-cli --pipe loads a million commands with no error" {
     command -v redis-cli || skip "redis-cli is missing: make deps installs it"
     start_kv
@@ -2528,6 +2698,7 @@ takes_input() {
     keys_are "$count"
 }
 
+# bats test_tags=keys
 @test "a client library in Python does what people do with it" {
     /usr/bin/python3 -c 'import redis' 2>/dev/null ||
         skip "redis-py is missing: make deps-all installs it (python3-redis)"
@@ -2623,6 +2794,7 @@ to_resp() {
     set +f
 }
 
+# bats test_tags=keys
 @test "thousands of commands and argument errors get byte for byte what Redis 7 replies" {
     command -v redis-server || skip "redis-server is missing: make deps-all installs it"
     start_kv
@@ -2668,6 +2840,7 @@ hello_reply() { # 2|3 ID
     printf '%s' "${reply/:ID/:$2}"
 }
 
+# bats test_tags=kv
 @test "HELLO tells server, version, protocol, id, mode and role: a list in RESP2, a map in RESP3, lines in text" {
     start_kv
     { resp HELLO && resp hello 2; } | talk | cmp - <(hello_reply 2 1 && hello_reply 2 1)
@@ -2678,6 +2851,7 @@ hello_reply() { # 2|3 ID
     printf 'HELLO\r\n' | talk | tail -n 2 | is $'role:master\r' $'(6 items)\r'
 }
 
+# bats test_tags=kv
 @test "after HELLO 3 null is _ in RESP and all else as before, until HELLO 2, and only on that connection" {
     start_kv
     connect
@@ -2696,6 +2870,7 @@ hello_reply() { # 2|3 ID
     { printf 'HELLO 3\n' && resp GET none; } | talk | tail -n 1 | is $'_\r'
 }
 
+# bats test_tags=kv
 @test "what redis-py 8, node-redis 6 and ioredis 6 send on connecting leaves a connection that works" {
     start_kv
     { resp HELLO 3 && resp CLIENT SETINFO LIB-NAME redis-py && resp CLIENT SETINFO LIB-VER 8.0.0 &&
@@ -2733,6 +2908,7 @@ wrong_hellos=(
     'HELLO 3 NOSUCH' "ERR Syntax error in HELLO option 'NOSUCH'"
 )
 
+# bats test_tags=kv
 @test "a HELLO that is wrong has one exact error, in text and in RESP, before AUTH and after, and changes nothing" {
     start_locked_kv sesame
     for login in no yes; do
@@ -2765,6 +2941,7 @@ wrong_hellos=(
         is_like " *10 $wrongpass"
 }
 
+# bats test_tags=kv
 @test "a HELLO that is wrong gets byte for byte what Redis 7 replies" {
     command -v redis-server || skip "redis-server is missing: make deps-all installs it"
     for ((i = 0; i < ${#wrong_hellos[@]}; i += 2)); do
@@ -2793,6 +2970,7 @@ info() { ask INFO | sed -n "s/^$1://p"; } # NAME: prints the value of a field
 
 info_is() { [[ $(info "$1") = "$2" ]] || { ask INFO && return 1; }; } # NAME VALUE
 
+# bats test_tags=kv
 @test "INFO in text is one line name:value for each field and their count, in RESP the same under headings" {
     start_kv --max-clients 77 --aof "$tmp/aof"
     ask 'SET a 1' 'SET b 2 EX 1000' 'SET c 3' >"$tmp/out"
@@ -2821,6 +2999,7 @@ info_is() { [[ $(info "$1") = "$2" ]] || { ask INFO && return 1; }; } # NAME VAL
     wait_until not info_is uptime_in_seconds "$before"
 }
 
+# bats test_tags=kv
 @test "INFO of sections shows those, in any case, of one that is not there nothing, before AUTH an error" {
     start_locked_kv sesame
     ask INFO 'INFO stats' 'INFO nosuch' | uniq -c | is_like " *3 $noauth"
@@ -2836,6 +3015,7 @@ info_is() { [[ $(info "$1") = "$2" ]] || { ask INFO && return 1; }; } # NAME VAL
     done
 }
 
+# bats test_tags=kv
 @test "INFO's numbers are those of what one connection did" {
     start_kv
     ask 'SET a 1' 'SET b 2 EX 1000' 'GET a' 'GET none' 'EXISTS a b none' 'TTL b' 'PTTL none' 'INCR a' \
@@ -2870,6 +3050,7 @@ fifty_loads() {
     wait
 }
 
+# bats test_tags=kv
 @test "INFO's numbers are right when 50 connections read, write and let keys expire at once" {
     start_kv
     seq -f 'SET k%.0f v' 0 249 | talk | uniq -c | is_like ' *250 OK'
@@ -2891,6 +3072,7 @@ fifty_loads() {
     ((misses == 50 * 100 + ended))
 }
 
+# bats test_tags=kv
 @test "INFO counts hits, misses and expired keys as Redis 7 does" {
     command -v redis-server || skip "redis-server is missing: make deps-all installs it"
     start_kv
@@ -2912,6 +3094,7 @@ fifty_loads() {
     cmp "$tmp/counts.$port" "$tmp/counts.$redis_port"
 }
 
+# bats test_tags=kv
 @test "redis-cli info and redis-cli --stat show what INFO says" {
     command -v redis-cli || skip "redis-cli is missing: make deps installs it"
     start_kv
@@ -2947,6 +3130,7 @@ metrics() { # what Prometheus would get
     printf 'GET /metrics HTTP/1.0\r\n\r\n' | timeout 20 nc 127.0.0.1 "$exporter_port"
 }
 
+# bats test_tags=kv
 @test "prometheus-redis-exporter exports keys, clients, commands, hits and misses" {
     command -v prometheus-redis-exporter ||
         skip "prometheus-redis-exporter is missing: make deps-all installs it"
@@ -2977,6 +3161,7 @@ restart_amid() { # FILE
     wait_until grep -qx 'done' "$1"
 }
 
+# bats test_tags=kv
 @test "redis-py with its default options: values, null, counters, pipelines, an error for MULTI, a restart" {
     /usr/bin/python3 -c 'import redis' 2>/dev/null ||
         skip "redis-py is missing: make deps-all installs it (python3-redis)"
@@ -3011,6 +3196,7 @@ PYTHON
     restart_amid "$tmp/out" || { cat "$tmp/out" && return 1; }
 }
 
+# bats test_tags=kv
 @test "ioredis with its default options: values, null, counters, pipelines, an error for MULTI, a restart" {
     node_modules=${KV_NODE:-$HOME/.cache/kv-node}/node_modules
     command -v node && [[ -d $node_modules/ioredis ]] || skip "ioredis is missing: make deps-all installs it"
@@ -3053,6 +3239,7 @@ JAVASCRIPT
     restart_amid "$tmp/out" || { cat "$tmp/out" && return 1; }
 }
 
+# bats test_tags=kv
 @test "a wrong UNLINK, and one before AUTH, has one exact error, in text and in RESP" {
     start_locked_kv sesame
     for login in no yes; do
@@ -3070,6 +3257,7 @@ JAVASCRIPT
     done
 }
 
+# bats test_tags=kv
 @test "UNLINK is a name of DEL, also in the file" {
     start_kv --aof "$tmp/aof"
     ask 'SET a 1' 'SET b 2' 'SET c 3' 'UNLINK a b none a' 'EXISTS a b c' UNLINK | is_like OK OK OK 2 1 \
@@ -3097,6 +3285,7 @@ examples_of() { # PAGE
         { print >(n ".expected") }' "$1"
 }
 
+# bats test_tags=kv
 @test "the examples of doc/protocol.md print what it says" {
     start_kv
     examples_of "$BATS_TEST_DIRNAME/doc/protocol.md"
@@ -3116,6 +3305,7 @@ examples_of() { # PAGE
     [[ $example > ./015.sh ]]
 }
 
+# bats test_tags=keys
 @test "the bash script of README.md prints what README.md says" {
     readme=$BATS_TEST_DIRNAME/README.md
     start_kv
@@ -3125,6 +3315,7 @@ examples_of() { # PAGE
     PORT=$port timeout 50 bash "$tmp/script" | diff - "$tmp/expected"
 }
 
+# bats test_tags=words
 @test "the quote function of README.md makes one word of any bytes" {
     quote_of_readme
     start_kv
@@ -3147,6 +3338,7 @@ quote_all() { # writes requests, and to descriptor 3 the values in them
 }
 
 # In GBK and the like a backslash or a letter may be the second byte of a character.
+# bats test_tags=words
 @test "the quote function of README.md is not broken out of in a multibyte locale" {
     command -v localedef >/dev/null || skip "localedef is missing"
     quote_of_readme
@@ -3180,6 +3372,7 @@ make_gbk_locale() { # in $tmp/locale, by the name test: ASCII and one character 
     [[ -s $tmp/locale/test/LC_CTYPE ]]
 }
 
+# bats test_tags=keys
 @test "the session of README.md prints what README.md says" {
     readme=$BATS_TEST_DIRNAME/README.md
     start_kv
@@ -3203,6 +3396,7 @@ start_locked_kv() { # PASSWORD [OPTION...]
 noauth='\(error\) NOAUTH Authentication required\.'
 wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disabled\.'
 
+# bats test_tags=guards
 @test "before AUTH nothing but AUTH, PING, HELP and QUIT works" {
     start_locked_kv sesame
     ask 'GET a' 'SET a 1' 'DEL a b' 'EXISTS a' 'INCR a' 'DECR a' 'INCRBY a 1' 'DECRBY a 1' KEYS \
@@ -3214,6 +3408,7 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
     ask 'AUTH sesame' DBSIZE | is OK 0
 }
 
+# bats test_tags=guards
 @test "AUTH opens the connection that sends the password, in both protocols, and no other" {
     start_locked_kv 'open sesame'
     connect
@@ -3228,6 +3423,7 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
     answers "$other" 'GET a' 1
 }
 
+# bats test_tags=guards
 @test "a wrong password or user gets WRONGPASS, and what is open stays open" {
     start_locked_kv sesame
     for words in "AUTH ''" 'AUTH s' 'AUTH sesam' 'AUTH sesame1' 'AUTH sesamesesame' 'AUTH Sesame' \
@@ -3239,6 +3435,7 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
         is_like OK OK "$wrongpass" 1 "$wrongpass" 1
 }
 
+# bats test_tags=guards
 @test "ten wrong tries close the connection, nine do not" {
     start_locked_kv sesame
     { yes 'AUTH x' | head -n 15 && printf 'AUTH sesame\nSET a 1\n'; } | talk | uniq -c |
@@ -3251,6 +3448,7 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
         is_like " *15 $noauth" ' *1 OK' ' *1 \(nil\)'
 }
 
+# bats test_tags=guards
 @test "--password-file is refused when others may write it, when it holds no password and when it is not there" {
     (umask 077 && echo sesame >"$tmp/password")
     for mode in 620 602 622 646 660 666 777; do
@@ -3267,6 +3465,7 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
     no_password "$tmp/directory" "$tmp/directory"
 }
 
+# bats test_tags=guards
 @test "--password-file with a byte order mark, which an editor may add, is refused by that name" {
     for text in '\xef\xbb\xbfsesame\n' '\xef\xbb\xbf' '\xef\xbb\xbf\n'; do
         (umask 077 && printf '%b' "$text" >"$tmp/password")
@@ -3277,6 +3476,7 @@ wrongpass='\(error\) WRONGPASS invalid username-password pair or user is disable
     ask $'AUTH sesame\xef\xbb\xbf' DBSIZE | is OK 0
 }
 
+# bats test_tags=guards
 @test "--password-file that others may read, as a secret in a container, is taken with a warning" {
     (umask 077 && echo sesame >"$tmp/password")
     for mode in 444 644 604 640 440 400 600; do
@@ -3296,6 +3496,7 @@ no_password() { # REGEX FILE: whether kv refuses to start with it
     refuses 2 "$1" -p 0 --password-file "$2" && refuses 2 "$1" -p 0 -P "$2"
 }
 
+# bats test_tags=guards
 @test "the password is the first line of its file, whatever its bytes, and without a newline too" {
     for mode in 400 600; do
         (umask 077 && printf ' p"\\\t\x01\xffß%0150d \nsecond\n' 0 >"$tmp/password")
@@ -3317,6 +3518,7 @@ no_password() { # REGEX FILE: whether kv refuses to start with it
     ask "AUTH $(x 1021)" "AUTH $(x 1022)" DBSIZE | is_like "$wrongpass" OK 0
 }
 
+# bats test_tags=guards
 @test "the password is in no log and in no reply, right or mistyped, however it was sent" {
     start_locked_kv sesame -vv
     for words in 'AUTH sesame' 'auth default sesame' '"AUTH" "sesame"' 'AUTH "\x73esame"' 'AUTH sesamee' \
@@ -3336,6 +3538,7 @@ no_password() { # REGEX FILE: whether kv refuses to start with it
     (($(grep -Ec '127\.0\.0\.1:[0-9]+ "?(AUTH|auth)' "$log") >= 7))
 }
 
+# bats test_tags=guards
 @test "before AUTH a request of more than 10 words or 16 KiB is too long and the end, after it not" {
     start_locked_kv sesame
     error='ERR before AUTH a request over 16 KiB or 10 words is too long'
@@ -3359,12 +3562,14 @@ no_password() { # REGEX FILE: whether kv refuses to start with it
     ask 'AUTH sesame' DBSIZE | is OK 0
 }
 
+# bats test_tags=guards
 @test "without a password file AUTH says that there is no password" {
     start_kv
     ask 'AUTH x' 'AUTH other x' PING | is_like '\(error\) ERR AUTH <password> called without any .*' \
         "$wrongpass" PONG
 }
 
+# bats test_tags=guards
 @test "AUTH gets byte for byte what Redis 7 replies" {
     command -v redis-server || skip "redis-server is missing: make deps-all installs it"
     for words in 'AUTH' 'AUTH x' 'AUTH default x' 'AUTH other x' 'AUTH a b c' 'GET a' \
@@ -3382,6 +3587,7 @@ no_password() { # REGEX FILE: whether kv refuses to start with it
     done
 }
 
+# bats test_tags=guards
 @test "redis-cli, redis-benchmark and redis-py log in" {
     command -v redis-cli || skip "redis-cli is missing: make deps installs it"
     start_locked_kv sesame
@@ -3400,6 +3606,7 @@ except redis.RedisError: print("ok")
 PYTHON
 }
 
+# bats test_tags=guards
 @test "with a password, or with --insecure, kv listens beyond loopback" {
     start_locked_kv sesame -b 0.0.0.0
     grep -Ex "${log_lines}listening on 0\.0\.0\.0:$port" "$log"
@@ -3411,6 +3618,7 @@ PYTHON
     refuses 2 'password-file.*insecure|insecure.*password-file' -p 0 -b 0.0.0.0
 }
 
+# bats test_tags=guards
 @test "a web browser gets one error and nothing more, also before AUTH" {
     start_locked_kv sesame
     for name in POST Host:; do
@@ -3439,6 +3647,7 @@ if [[ ${KILLS:-} && ${BATS_TEST_TIMEOUT:-} ]]; then
     export BATS_TEST_TIMEOUT=$((time_limit + KILLS * 5))
 fi
 
+# bats test_tags=log
 @test "after kill -9 under load all that was answered is there, and nothing that was not sent" {
     moment=$(date +%s)
     for i in {1..20}; do
@@ -3604,6 +3813,7 @@ deadline() { echo $((($(date +%s) / 10 * 10 + 100005) * 1000)); }
 keys() { ask KEYS | head -n -1 | sort >"$tmp/keys"; } # all of them, to $tmp/keys
 
 # Of each key only the last record counts. So there are many keys, and all work on the same one.
+# bats test_tags=log
 @test "what many connections do to the same keys at the same time is the same after a crash" {
     start_aof
     n=$((10000 / part))
@@ -3624,6 +3834,7 @@ keys() { ask KEYS | head -n -1 | sort >"$tmp/keys"; } # all of them, to $tmp/key
     talk <"$tmp/look" | sed -E 's/^(99...|100000)$/later/' | cmp - "$tmp/before"
 }
 
+# bats test_tags=log
 @test "FLUSHALL amid writers is one moment for all keys, in memory and in the file" {
     start_aof
     for round in 1 2 3; do # what the last FLUSHALL of each has mixed up stays
@@ -3676,6 +3887,7 @@ six_batches() { # sets $ends and $values
 
 abc() { ask 'GET a' 'GET b' 'GET c' DBSIZE; }
 
+# bats test_tags=log
 @test "a file cut anywhere in its last three batches loses those that are not whole, and says where" {
     six_batches
     files=()
@@ -3709,6 +3921,7 @@ check_cuts() { # FILE...
     done
 }
 
+# bats test_tags=log
 @test "a file cut anywhere in its first line is a new one" {
     start_aof
     stop_kv
@@ -3725,6 +3938,7 @@ check_cuts() { # FILE...
     done
 }
 
+# bats test_tags=log
 @test "zero bytes at the end of a file, as after a power loss, are torn" {
     six_batches
     for zeros in 1 7 23 4096 100000; do
@@ -3737,6 +3951,7 @@ check_cuts() { # FILE...
     done
 }
 
+# bats test_tags=log
 @test "whole records without a checksum line are torn" {
     start_aof
     ask 'SET a 1' | is OK
@@ -3748,6 +3963,7 @@ check_cuts() { # FILE...
     (($(size_of "$tmp/aof") == size))
 }
 
+# bats test_tags=log
 @test "records without a checksum line of their own, whose value holds one, are refused, not guessed at" {
     start_aof
     ask 'SET a 1' | is OK
@@ -3761,6 +3977,7 @@ check_cuts() { # FILE...
     refuses_file "byte $size\b" "$tmp/aof"
 }
 
+# bats test_tags=log
 @test "a flipped bit anywhere is found, with what cutting there would lose, the file untouched" {
     six_batches
     hex=$(od -An -v -tx1 "$tmp/aof" | tr -d '\n' | sed 's/ /\\x/g')
@@ -3810,6 +4027,7 @@ flip() { # OFFSET: prints the file with a bit of that byte flipped
     printf '%b' "${hex:0:$1*4}\\x$(printf %x $((0${hex:$1*4+1:3} ^ 1 << $1 % 8)))${hex:$1*4+4}"
 }
 
+# bats test_tags=log
 @test "a flipped bit in the last checksum line is found, or passes for torn" {
     six_batches
     hex=$(od -An -v -tx1 "$tmp/aof" | tr -d '\n' | sed 's/ /\\x/g')
@@ -3836,6 +4054,7 @@ refuses_file() { # REGEX FILE
     cmp "$2" "$tmp/copy"
 }
 
+# bats test_tags=log
 @test "a start for which memory is too small says so, and does not call the file damaged" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
@@ -3856,6 +4075,7 @@ refuses_foreign() { # FILE
     not grep truncate "$tmp/stderr"
 }
 
+# bats test_tags=log
 @test "a file that is something else is refused and untouched, with no advice to cut it" {
     cp "$BATS_TEST_DIRNAME/README.md" "$tmp/readme"
     refuses_foreign "$tmp/readme"
@@ -3886,6 +4106,7 @@ batch() {
 
 new_file() { printf '%s\r\n' "$first_line"; } # prints a file of no batch
 
+# bats test_tags=log
 @test "a file whose checksums are right loads, whoever wrote it" {
     { new_file && resp SET a 1 | batch && new_file && { resp SET b 2 && resp SET c 3; } | batch; } >"$tmp/aof"
     start_aof
@@ -3894,6 +4115,7 @@ new_file() { printf '%s\r\n' "$first_line"; } # prints a file of no batch
     ask 'GET a' DBSIZE | is 2 3
 }
 
+# bats test_tags=log
 @test "a record with a wrong number of words, or one that kv does not write, is refused though its checksum is right" {
     for record in '*0\r\n' '*-1\r\n' '*1\r\n$3\r\nSET\r\n' '*2\r\n$3\r\nSET\r\n$1\r\na\r\n' \
         '*4\r\n$3\r\nSET\r\n$1\r\na\r\n$1\r\n1\r\n$4\r\nPXAT\r\n' '*1\r\n$3\r\nDEL\r\n' \
@@ -3908,6 +4130,7 @@ new_file() { printf '%s\r\n' "$first_line"; } # prints a file of no batch
     done
 }
 
+# bats test_tags=log
 @test "a file on which another kv is running is refused, again and again" {
     start_aof
     ask 'SET a 1' | is OK
@@ -3918,6 +4141,7 @@ new_file() { printf '%s\r\n' "$first_line"; } # prints a file of no batch
     ask 'GET a' | is 2
 }
 
+# bats test_tags=log
 @test "a file that cannot be opened ends with status 1 and one line" {
     : >"$tmp/file"
     refuses 1 "$tmp.*Is a directory" -p 0 --aof "$tmp"
@@ -3933,6 +4157,7 @@ new_file() { printf '%s\r\n' "$first_line"; } # prints a file of no batch
     else refuses 1 "$tmp/file.*Permission denied" -p 0 --aof "$tmp/file"; fi
 }
 
+# bats test_tags=log
 @test "a file is made with mode 0600, whatever the umask, and keeps the mode that it has" {
     umask 0
     start_aof
@@ -3943,6 +4168,7 @@ new_file() { printf '%s\r\n' "$first_line"; } # prints a file of no batch
     stat -c %a "$tmp/aof" | is 640
 }
 
+# bats test_tags=log
 @test "--fsync takes always, everysec or no, and anything else ends with status 2" {
     for word in '' never Always alway always1; do
         refuses 2 'fsync.*always.*everysec.*no' --fsync "$word"
@@ -3957,6 +4183,7 @@ new_file() { printf '%s\r\n' "$first_line"; } # prints a file of no batch
 # Append-only file: what it holds
 # ==========================================================================================
 
+# bats test_tags=log
 @test "the file is made of SET, DEL and FLUSHALL, and a line with a checksum behind each batch" {
     start_aof
     later=$(deadline)
@@ -4036,6 +4263,7 @@ checksums() { # FILE
     (($(size_of "$1") == at))
 }
 
+# bats test_tags=log
 @test "the checksum is SipHash-1-3, also for binary values and batches of many records" {
     # What others compute: Rust's SipHasher13, and PYTHONHASHSEED=0 python3 -c 'print(hash(b"123456789"))'.
     [[ $(printf '' | siphash 0x0706050403020100 0x0f0e0d0c0b0a0908) = abac0158050fc4dc ]]
@@ -4051,6 +4279,7 @@ checksums() { # FILE
     (($(grep -ac '^#SUM:' "$tmp/aof") < 70))
 }
 
+# bats test_tags=log
 @test "what changes nothing is not logged, nor is expiry" {
     start_aof
     ask 'SET a x' 'SET t 1 PX 50' | is OK OK
@@ -4064,6 +4293,7 @@ checksums() { # FILE
     (($(size_of "$tmp/aof") == size))
 }
 
+# bats test_tags=log
 @test "counters go on after a crash, what was removed stays away, big and binary values are whole" {
     start_aof --fsync no
     all=$(quickly every_byte '\\x%02x')
@@ -4080,6 +4310,7 @@ checksums() { # FILE
     done
 }
 
+# bats test_tags=log
 @test "a file loads though --max-request is smaller than what it holds" {
     start_aof
     value=$(x 100000)
@@ -4089,6 +4320,7 @@ checksums() { # FILE
     ask "SET a $value" | is_like '\(error\) ERR .*too long'
 }
 
+# bats test_tags=log
 @test "deadlines survive a crash, moved, kept or taken away; what passed meanwhile is gone" {
     command -v redis-cli || skip "redis-cli is missing: make deps installs it"
     later=$(deadline) much=$(($(deadline) + 1000000))
@@ -4118,6 +4350,7 @@ value_is() { [[ $(ask "GET $1") = "$2" ]]; } # KEY REPLY
 
 past() { (($(now_ms) > $1)); } # MS
 
+# bats test_tags=log
 @test "real Redis loads the file and holds the same keys, values and deadlines" {
     command -v redis-server || skip "redis-server is missing: make deps-all installs it"
     later=$(deadline)
@@ -4141,6 +4374,7 @@ past() { (($(now_ms) > $1)); } # MS
 }
 
 # Redis keeps a base and what came since; both may hold lines with the time, which begin with #.
+# bats test_tags=log
 @test "a file of Redis is refused, and nc imports it: kv then holds the same keys, values and deadlines" {
     command -v redis-server || skip "redis-server is missing: make deps-all installs it"
     later=$(deadline)
@@ -4183,6 +4417,7 @@ imports_from_redis() {
     rm "$tmp/aof"
 }
 
+# bats test_tags=log
 @test "a file that an older kv wrote is imported by nc" {
     { printf '#CRC32C:00000000\r\n' && resp SET a 1 && resp SET b 2 PXAT 9999999999999 &&
         printf '#CRC32C:01234567\r\n' && resp DEL a && printf '#CRC32C:89abcdef\r\n'; } >"$tmp/older"
@@ -4192,6 +4427,7 @@ imports_from_redis() {
     ask 'GET a' 'GET b' 'TTL a' DBSIZE | is '(nil)' 2 -2 1
 }
 
+# bats test_tags=log
 @test "while a file is read the clock goes on: a SET whose deadline has passed is a DEL" {
     {
         new_file
@@ -4206,6 +4442,7 @@ imports_from_redis() {
 }
 
 # Most of 300,000 sessions have ended when others begin, so that kv needs little memory for them.
+# bats test_tags=log
 @test "a log full of keys that have expired needs no memory at the next start" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     if [[ $sanitized ]]; then return 0; fi # sanitizers need memory of their own
@@ -4222,6 +4459,7 @@ imports_from_redis() {
     ask DBSIZE 'INCR n' | is 0 1
 }
 
+# bats test_tags=log
 @test "tail -F of the file, sent to a second kv, keeps that one equal through 100,000 writes" {
     command -v redis-cli || skip "redis-cli is missing: make deps installs it"
     later=$(deadline)
@@ -4268,6 +4506,7 @@ trace_kv() { # STRACE-OPTION...
 }
 
 # With this many connections and no pipelining an fsync should serve some thirty writes.
+# bats test_tags=log
 @test "with --fsync always 50 connections share their fsyncs" {
     command -v redis-benchmark || skip "redis-benchmark is missing: make deps installs it"
     trace_kv -e trace=fsync,fdatasync
@@ -4280,6 +4519,7 @@ trace_kv() { # STRACE-OPTION...
     ((syncs > 10 && syncs < 5000 / 4))
 }
 
+# bats test_tags=log
 @test "with --fsync always each reply comes after the fsync of what it tells" {
     start_aof # so that later a start writes nothing
     stop_kv
@@ -4298,6 +4538,7 @@ synced_first='
     /sync.*= 0$/ { dirty = 0; syncs++ }
     / sendto\(/ { if (dirty || writes < ++replies) wrong = 1 }'
 
+# bats test_tags=log
 @test "with --fsync no only the end fsyncs" {
     trace_kv -e trace=fsync,fdatasync
     start_aof --fsync no
@@ -4309,6 +4550,7 @@ synced_first='
     (($(grep -c 'sync.*= 0$' "$tmp/trace") > before))
 }
 
+# bats test_tags=log
 @test "a server that starts while another one stops has all that this one answered" {
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
@@ -4329,6 +4571,7 @@ synced_first='
 
 has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # PID
 
+# bats test_tags=log
 @test "thousands of requests with short replies and large records stay within bounded memory" {
     start_aof
     ask "SET a $(x 1000000)" | is OK
@@ -4336,6 +4579,7 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
     takes_less VmHWM 60000
 }
 
+# bats test_tags=log
 @test "without a stderr nothing of the log goes into the file" {
     for try in 1 2 3 4 5; do # until the port is free
         port=$((20000 + RANDOM % 10000))
@@ -4347,6 +4591,7 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
     (($(size_of "$tmp/aof") < 100))
 }
 
+# bats test_tags=log
 @test "SIGTERM leaves a complete file that has been fsynced, whatever the policy" {
     trace_kv -e trace=write,pwrite64,writev,fsync,fdatasync,sendto
     for policy in always everysec no; do
@@ -4365,6 +4610,7 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
     done
 }
 
+# bats test_tags=log
 @test "no reply reveals what a crash could undo: while an fsync lasts, who looks at that key waits" {
     trace_kv -e trace=fsync,fdatasync -e inject=fsync,fdatasync:delay_enter=2000000:when=5+
     start_aof --fsync always -s 4096 # so that hardly any two keys share a shard
@@ -4403,6 +4649,7 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
 
 larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
 
+# bats test_tags=log
 @test "a failed fsync ends the server with status 1 and a line that says so" {
     trace_kv -e trace=fsync,fdatasync -e inject=fsync,fdatasync:error=EIO:when=5+
     start_aof --fsync always
@@ -4418,6 +4665,7 @@ larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
     ask 'GET n' | is_like '[45]'
 }
 
+# bats test_tags=log
 @test "an fsync that is interrupted (EINTR) is tried again, before the reply" {
     start_aof
     stop_kv
@@ -4433,6 +4681,7 @@ larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
 }
 
 # Some file systems cannot, and say EINVAL. All other errors mean what they mean for a file.
+# bats test_tags=log
 @test "a directory that cannot be fsynced or read is no reason not to start, but one whose fsync fails is" {
     plain=("${leash[@]}")
     trace_kv -e trace=fsync,fdatasync -P "$tmp" -e inject=fsync,fdatasync:error=EINVAL
@@ -4454,6 +4703,7 @@ larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
     grep 'EACCES' "$tmp/trace"
 }
 
+# bats test_tags=log
 @test "with --fsync everysec each second has its fsync while there are writes, and a failed one is the end" {
     start_aof
     stop_kv
@@ -4472,6 +4722,7 @@ larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
     (($(ask 'GET n') >= $(<"$tmp/last")))
 }
 
+# bats test_tags=log
 @test "a failed fsync at the end ends the server with status 1" {
     start_aof
     stop_kv
@@ -4498,6 +4749,7 @@ start_on_full_disk() { # [OPTION...]: sets $full to the size that the file can r
     leave_room 10
 }
 
+# bats test_tags=log
 @test "on a full disk writes get MISCONF, reads go on, and all resumes by itself" {
     start_on_full_disk --fsync always
     ask 'SET a 10' | is_like '\(error\) MISCONF .*'
@@ -4533,6 +4785,7 @@ start_on_full_disk() { # [OPTION...]: sets $full to the size that the file can r
 
 writes_work() { [[ $(ask 'SET probe 1') = OK ]]; }
 
+# bats test_tags=log
 @test "when the disk becomes full each request of a pipeline gets one reply, MISCONF" {
     start_on_full_disk
     printf 'GET a\nSET p 1\nNOSUCH\nGET p\n\nGET "\nINCR n\nSET p\nPING\nINCR n\n' | talk | uniq -c |
@@ -4546,6 +4799,7 @@ writes_work() { [[ $(ask 'SET probe 1') = OK ]]; }
     more_room
 }
 
+# bats test_tags=log
 @test "writers that wait for a full disk get MISCONF, each one, and file and memory stay equal" {
     command -v redis-cli || skip "redis-cli is missing: make deps installs it"
     start_on_full_disk --fsync always
@@ -4567,6 +4821,7 @@ writes_work() { [[ $(ask 'SET probe 1') = OK ]]; }
 
 all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/keys"))); }
 
+# bats test_tags=log
 @test "SIGTERM on a full disk ends with status 1, and what was answered is there afterwards" {
     start_on_full_disk
     ask 'SET b 20' | is_like '\(error\) MISCONF .*'
@@ -4576,6 +4831,7 @@ all_is_written() { (($(grep -ac '^w[0-9]*:' "$tmp/aof") == $(grep -c '^w' "$tmp/
     ask 'GET a' 'GET b' DBSIZE | is 1 2 3
 }
 
+# bats test_tags=log
 @test "SIGTERM tries a last time: when there is room again nothing is lost, and the status is 0" {
     start_on_full_disk
     ask 'SET b 20' | is_like '\(error\) MISCONF .*'
@@ -4619,6 +4875,7 @@ takes_time() { # PID: it has had the processor for 30 ms
     ((stat[13] + stat[14] >= 3))
 }
 
+# bats test_tags=log
 @test "a start of more than a second shows its progress" {
     long_file 10
     start_reading
@@ -4630,6 +4887,7 @@ takes_time() { # PID: it has had the processor for 30 ms
     ask 'GET k7' DBSIZE | is value 1000
 }
 
+# bats test_tags=log
 @test "SIGTERM and SIGHUP while the file is read end the server at once, also as process 1, and the file is untouched" {
     long_file 20
     before=$(stat -c '%s bytes, last changed %y' "$tmp/aof")
@@ -4661,6 +4919,7 @@ ended_in_peace() { # long before the whole file was read
     not grep -E 'listening|ERROR' "$log"
 }
 
+# bats test_tags=log
 @test "a client that goes on sending while the server stops has an answer to all that is in the file" {
     for try in 1 2 3 4 5; do
         rm -f "$tmp/aof" "$tmp/answers"
@@ -4680,6 +4939,7 @@ ended_in_peace() { # long before the whole file was read
     false
 }
 
+# bats test_tags=log
 @test "a file that is deleted while the server runs is an error at its end, one that is moved is not" {
     start_aof
     ask 'SET a 1' | is OK
@@ -4708,6 +4968,7 @@ ended_in_peace() { # long before the whole file was read
 # ==========================================================================================
 
 # Each round has some more memory, so that it runs out elsewhere, and at last does not.
+# bats test_tags=log
 @test "when memory runs out for a record nothing is changed, and the file says the same" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     if [[ $sanitized ]]; then return 0; fi # sanitizers need memory of their own
@@ -4764,6 +5025,7 @@ holds_all() { # $value and $ttl, of which some seconds may have gone
 }
 
 # 70 MB are read, become a value and then a record: no limit here has room for four times as much.
+# bats test_tags=log
 @test "with a file and little memory a huge SET ends its connection at most, not the server" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
@@ -4808,6 +5070,7 @@ file_to_compact() { # sets $old to its inode
 
 holds_five() { ask 'GET a' 'GET b' 'GET c' 'EXISTS d' 'GET n' DBSIZE 'GET big' | is 1 2 3 0 7 5 "$(x 20000)"; }
 
+# bats test_tags=kv
 @test "a counter that was incremented a million times is one record after the next start" {
     start_aof --fsync no
     n=1000000 && if [[ $sanitized ]]; then n=20000; fi
@@ -4825,6 +5088,7 @@ holds_five() { ask 'GET a' 'GET b' 'GET c' 'EXISTS d' 'GET n' DBSIZE 'GET big' |
 }
 
 # Of each key three records; the values are binary, empty, like a checksum line, and of 1 MB.
+# bats test_tags=kv
 @test "a compaction keeps all values and deadlines, also binary and big ones, and drops what has passed" {
     command -v redis-cli || skip "redis-cli is missing: make deps installs it"
     later=$(deadline)
@@ -4861,6 +5125,7 @@ holds_five() { ask 'GET a' 'GET b' 'GET c' 'EXISTS d' 'GET n' DBSIZE 'GET big' |
     done
 }
 
+# bats test_tags=kv
 @test "a file that holds no more than two records for each key is left alone, also after a compaction" {
     start_aof
     for request in 'SET a 1' 'SET b 1' 'SET c 1' 'SET a 2' 'SET b 2' 'SET c 2'; do ask "$request"; done
@@ -4896,6 +5161,7 @@ serves_from_old() { # REASON
     holds_five && ask 'SET d 5' 'DEL d' | is OK 1
 }
 
+# bats test_tags=kv
 @test "a start that cannot write the new file serves from the old one and says so" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     plain=("${leash[@]}")
@@ -4928,6 +5194,7 @@ serves_from_old() { # REASON
     holds_five
 }
 
+# bats test_tags=kv
 @test "a file that is mounted, and so cannot be replaced, serves as it is" {
     for way in 'unshare -m' 'unshare -Urm'; do
         # shellcheck disable=SC2086  # words are what this is about
@@ -4999,6 +5266,7 @@ old_or_new() { # counts them in $olds and $news
 }
 
 # Each round waits for a random part of the time that a compaction takes.
+# bats test_tags=kv
 @test "kill -9 at any moment of a compaction leaves the old file or the new one, whole" {
     file_slow_to_compact
     start_compacting
@@ -5027,6 +5295,7 @@ old_or_new() { # counts them in $olds and $news
     talk <"$tmp/look" | cmp - "$tmp/expected"
 }
 
+# bats test_tags=kv
 @test "SIGTERM during a compaction ends kv with status 0 and the old file or the new one" {
     file_slow_to_compact
     olds=0 news=0 amid=0
@@ -5044,6 +5313,7 @@ old_or_new() { # counts them in $olds and $news
     ((olds > 0 && amid > 0))
 }
 
+# bats test_tags=kv
 @test "a leftover of a compaction is removed by the next start, whatever it is" {
     for leftover in file link hole; do
         file_to_compact
@@ -5071,6 +5341,7 @@ old_or_new() { # counts them in $olds and $news
     is precious <"$tmp/other"
 }
 
+# bats test_tags=kv
 @test "a compaction keeps the owner and the mode of the file and a symbolic link to it" {
     mkdir "$tmp/data"
     start_kv --aof "$tmp/data/file"
@@ -5093,6 +5364,7 @@ old_or_new() { # counts them in $olds and $news
     ask 'GET n' | is 6
 }
 
+# bats test_tags=kv
 @test "a file of two names, hard links, is not compacted" {
     file_to_compact
     ln "$tmp/aof" "$tmp/backup"
@@ -5110,6 +5382,7 @@ old_or_new() { # counts them in $olds and $news
     (($(inode "$tmp/aof") != old))
 }
 
+# bats test_tags=kv
 @test "another kv is refused while a file is compacted, and afterwards, when it is another file" {
     file_slow_to_compact
     start_compacting
@@ -5127,6 +5400,7 @@ old_or_new() { # counts them in $olds and $news
     talk <"$tmp/look" | head -n -1 | cmp - <(head -n -1 "$tmp/expected")
 }
 
+# bats test_tags=kv
 @test "another kv that has opened the file before a compaction, and locks it afterwards, is refused" {
     command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
     export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
@@ -5146,6 +5420,7 @@ old_or_new() { # counts them in $olds and $news
     ask 'GET n' DBSIZE | is 9 5
 }
 
+# bats test_tags=kv
 @test "real Redis loads a compacted file and holds the same keys, values and deadlines" {
     command -v redis-server || skip "redis-server is missing: make deps-all installs it"
     later=$(deadline)
@@ -5167,6 +5442,7 @@ old_or_new() { # counts them in $olds and $news
     redis_holds_the_same
 }
 
+# bats test_tags=kv
 @test "who follows the file by its name begins anew with a compacted one" {
     start_kv
     second=$port second_pid=$pid
@@ -5192,6 +5468,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
 # More abuse
 # ==========================================================================================
 
+# bats test_tags=keys
 @test "-vv logs each command with its client and the time that it took" {
     start_kv -vv
     seq -f 'SET k%.0f x' 10000 | talk | uniq | is OK
@@ -5210,7 +5487,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
     ((us > 300 && us < took * 1000 + 1000))
 }
 
-# bats test_tags=alone
+# bats test_tags=keys,alone
 @test "globs that explode a backtracking matcher answer within milliseconds" {
     start_kv
     connect
@@ -5225,7 +5502,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
     done
 }
 
-# bats test_tags=alone
+# bats test_tags=keys,alone
 @test "keys that collide under FNV-1a, the hash of many servers, slow nothing" {
     start_kv
     # Each of 14 blocks is taken from the one or from the other; see doc/measure/collide.c.
@@ -5258,7 +5535,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
 }
 
 # KEYS locks one shard at a time. With -s 1 it would hold up everybody.
-# bats test_tags=alone
+# bats test_tags=keys,alone
 @test "KEYS over a million keys does not hold up another client" {
     start_idle_kv
     start_kv
@@ -5280,7 +5557,7 @@ second_has() { [[ $(port=$second ask "GET $1") = "$2" ]]; } # KEY REPLY
     false
 }
 
-# bats test_tags=alone
+# bats test_tags=resp,alone
 @test "a megabyte of control bytes that is read in text does not hold up its shard" {
     start_idle_kv
     start_kv -s 1
@@ -5310,6 +5587,7 @@ interrupt() {
     wait_until grep -q '^State:.*[SR] ' "/proc/$pid/status"
 }
 
+# bats test_tags=guards
 @test "interrupted reads and short writes harm nobody" {
     start_kv --timeout 50
     ask "SET k $(x 1000)" | is OK
@@ -5330,6 +5608,7 @@ interrupt() {
     answers "$idle" PING PONG
 }
 
+# bats test_tags=table
 @test "clients that reset the connection in the middle of a reply harm nobody" {
     start_kv
     ask "SET k $(x 1000000)" | is OK
@@ -5353,6 +5632,7 @@ interrupt() {
     wait_until clients_are 1
 }
 
+# bats test_tags=guards
 @test "with few descriptors (ulimit -n) clients are told, nobody spins, and later ones are served" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     leash+=(prlimit --nofile=40:40)
@@ -5389,6 +5669,7 @@ all_are_served_or_wait() { # of 45 clients with 40 descriptors
 
 # strace fails the first accepts, as when the system has no descriptor left. Who is refused then,
 # is told; else he waits.
+# bats test_tags=commands
 @test "when accept fails (ENFILE, EMFILE, ENOMEM) the server lives, and serves who comes or waits" {
     plain=("${leash[@]}")
     for error in ENFILE EMFILE ENOMEM; do
@@ -5412,6 +5693,7 @@ all_are_served_or_wait() { # of 45 clients with 40 descriptors
 
 descriptors() { find "/proc/$pid/fd" -type l | wc -l; }
 
+# bats test_tags=table
 @test "when memory runs out a request gets OOM or its connection ends, but not the server" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
@@ -5438,6 +5720,7 @@ descriptors() { find "/proc/$pid/fd" -type l | wc -l; }
     ask 'SET small x' 'GET small' | is OK x
 }
 
+# bats test_tags=resp
 @test "a request for which there is no memory harms nobody else, and memory that it took is free again" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
@@ -5457,6 +5740,7 @@ memory_limit() { # BYTES: that much more than now
     prlimit --pid "$pid" --as=$(($(process_kb VmSize) * 1024 + $1)):
 }
 
+# bats test_tags=guards
 @test "when no thread can be made (ulimit -u) its client is refused, and later ones are served" {
     command -v prlimit >/dev/null || skip "prlimit is missing"
     # The limit does not hold for root. KV may stand where others may not go: it is opened first.
@@ -5535,7 +5819,7 @@ p95() { # COUNT FD: asks that often and prints the time, in us, that 95 of 100 s
     done | sort -n | sed -n "$(($1 * 95 / 100))p"
 }
 
-# bats test_tags=alone
+# bats test_tags=table,alone
 @test "2,000 clients that are slow, deaf, or come and go do not slow down one that behaves" {
     count=2000 && if [[ $sanitized ]]; then count=400; fi
     start_kv
@@ -5748,6 +6032,7 @@ mean() { # NUMBER...
 
 # SOAK_SECONDS=600 ./test.sh -f soak is the long form: then memory must be flat to within 2 %, that of
 # the last quarter of the rounds beside that of the quarter before.
+# bats test_tags=log
 @test "soak: 200 connections come and go with all commands, and every reply is what the model says" {
     seconds=${SOAK_SECONDS:-2} count=$((${SOAK_SECONDS:-0} ? 200 : 40)) steps=150 slack=25
     if ((seconds >= 600)); then slack=2; fi
