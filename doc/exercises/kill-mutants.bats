@@ -14,7 +14,7 @@
 # which it is. Three are correct: one without optimization, one with AddressSanitizer, and one that
 # differs in what kv does not promise, such as the order of KEYS and the size of its buffers.
 #
-# What the tests need is in doc/exercises/common.bash. They have 15 s; that they did not end within
+# What the tests need is in doc/exercises/common.bash. They have 18 s; that they did not end within
 # them with a mutant means that it is caught.
 #
 # SC2034: common.bash uses it. SC2154: bats or common.bash sets it.
