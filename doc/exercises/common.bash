@@ -8,7 +8,7 @@ bats_require_minimum_version 1.5.0
 export LC_ALL=C TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
 KV=$(realpath "${KV:?names the kv to test}")
 shards=() && if [[ ${SANITIZER:-} = tsan ]]; then shards=(-s 32); fi # it gives up at 64 locks
-command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=60
+command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=${BATS_TEST_TIMEOUT:-60}
 
 setup() {
     tmp=$BATS_TEST_TMPDIR log=$BATS_TEST_TMPDIR/log pid='' port='' status=''
@@ -17,6 +17,10 @@ setup() {
 
 teardown() {
     if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
+    # What is lost is reported only where kv ends by itself.
+    if [[ $pid && ${SANITIZER:-} = asan && ${BATS_TEST_COMPLETED:-} ]]; then
+        kill "$pid" 2>/dev/null && wait_until gone "$pid" || true
+    fi
     if [[ $pid ]]; then { kill -9 "$pid" && wait "$pid"; } 2>/dev/null || true; fi
     [[ -e $log ]] || return 0
     if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' "$log"; then return 1; fi

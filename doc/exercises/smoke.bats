@@ -12,7 +12,7 @@
 bats_require_minimum_version 1.5.0
 export LC_ALL=C
 KV=$(realpath "${KV:?names the kv to test}")
-command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=30
+command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=${BATS_TEST_TIMEOUT:-30}
 
 setup() {
     tmp=$BATS_TEST_TMPDIR log=$BATS_TEST_TMPDIR/log pid='' port=''
