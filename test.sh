@@ -1004,6 +1004,13 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
 }
 
 # bats test_tags=words
+@test "a word of 64 bytes is repeated whole, one of 65 is cut" {
+    start_kv
+    ask "$(x 64)" "$(x 65)" | is "(error) ERR unknown command '$(x 64)', see HELP" \
+        "(error) ERR unknown command '$(x 64)...', see HELP"
+}
+
+# bats test_tags=words
 @test "no client can write a line of its own into a reply" {
     start_kv
     for lie in '\nOK' '\r\nOK\r\n' 'x\r\n(0 keys)' '\x1b[2J' '\x00\n'; do
@@ -1179,6 +1186,18 @@ end_trace() {
 }
 
 # bats test_tags=expiry
+@test "KEEPTTL and the four times of SET exclude each other, in either order" {
+    start_kv
+    times=('EX 1000' 'PX 1000000' 'EXAT 9999999999' 'PXAT 9999999999999' KEEPTTL)
+    for first in "${times[@]}"; do
+        for second in "${times[@]}"; do
+            if [[ $first != "$second" ]]; then echo "SET key value $first $second"; fi
+        done
+    done | talk | grep -c '^(error) ERR syntax error' | is 20
+    ask 'EXISTS key' | is 0
+}
+
+# bats test_tags=expiry
 @test "SET refuses a time that is zero, negative or overflows, and changes nothing" {
     start_kv
     ask 'SET a old' | is OK
@@ -1272,6 +1291,12 @@ end_trace() {
 }
 
 # bats test_tags=keys
+@test "a class of KEYS that is not closed ends with its pattern, also behind a -" {
+    start_kv
+    ask 'SET a 1' 'SET 5 1' 'KEYS [a-' 'KEYS [b-' 'KEYS [a' 'KEYS [^a' | is OK OK a '(1 key)' '(0 keys)' a '(1 key)' 5 '(1 key)'
+}
+
+# bats test_tags=keys
 @test "KEYS with many stars is not exponential" {
     start_kv
     ask "SET $(printf 'a%.0s' {1..5000}) 1" | is OK
@@ -1359,6 +1384,16 @@ end_trace() {
     seq -f 'DEL k%.0f' 2 2 $n | talk | uniq -c | is_like " *$((n / 2)) 1"
     seq -f 'GET k%.0f' $n | talk | grep -v nil | cmp - <(seq -f 'v%.0f' 1 2 $n)
     ask KEYS | head -n -1 | sort | cmp - <(seq -f 'k%.0f' 1 2 $n | sort)
+}
+
+# In one shard there are ten pairs of 300,000 whose hashes are the same 32 bits, on average; there is none
+# once in 30,000 times.
+# bats test_tags=table
+@test "keys that are equally long and have the same hash are different keys" {
+    start_kv -s 1
+    n=$((300000 / part))
+    seq -f 'SET k%06.0f 1' $n | talk | uniq -c | is_like " *$n OK"
+    ask DBSIZE | is $n
 }
 
 # bats test_tags=keys
@@ -1505,6 +1540,15 @@ END
     wait_until keys_are 1
     (($(now_ms) - start < 300 + 1000 + 700)) # the last is for a busy machine
     ask 'GET stays' 'TTL stays' | is 1 -1
+}
+
+# When the first has expired, the last of the heap takes its place: then one child is left to compare with.
+# bats test_tags=expiry
+@test "the next of three deadlines is met when the first is gone, though the last is far" {
+    start_kv -s 1
+    ask 'SET first 1 PX 300' 'SET next 1 PX 600' 'SET last 1 EX 100000' | is OK OK OK
+    patience=10 wait_until keys_are 1
+    ask 'EXISTS last' | is 1
 }
 
 # bats test_tags=expiry
@@ -2112,6 +2156,25 @@ hurried() { # COUNT: each asks, takes the reply and closes
     wait_until ping
 }
 
+# bats test_tags=kv
+@test "clients whose thread cannot be made do not count for --max-clients" {
+    command -v prlimit >/dev/null || skip "prlimit is missing"
+    if [[ $sanitized ]]; then return 0; fi # sanitizers need the address space
+    start_kv -c 4
+    connect
+    kept=$c
+    answers "$kept" PING PONG
+    prlimit --pid "$pid" --as=$(($(process_kb VmSize) * 1024 + 4096)):
+    for i in {1..5}; do
+        connect
+        rest "$c" | is_like $'-ERR .*\r'
+    done
+    prlimit --pid "$pid" --as=unlimited:
+    wait_until ping
+    ask 'INFO clients' | grep -x connected_clients:2
+    for i in {1..3}; do connect && answers "$c" PING PONG; done
+}
+
 # bats test_tags=table
 @test "a client that disconnects in the middle of a request or of its replies harms nobody" {
     start_kv
@@ -2631,6 +2694,13 @@ takes_input() {
             { echo "for $wrong" && return 1; }
     done
     ask PING | is PONG
+}
+
+# bats test_tags=resp
+@test "a header of RESP that does not end is refused after a few bytes" {
+    start_kv
+    printf '*%0100d' 1 | talk | is $'-ERR Protocol error: invalid multibulk length\r'
+    printf '*1\r\n$%0100d' 1 | talk | is $'-ERR Protocol error: invalid bulk length\r'
 }
 
 # bats test_tags=resp
@@ -3542,6 +3612,17 @@ no_password() { # REGEX FILE: whether kv refuses to start with it
 }
 
 # bats test_tags=guards
+@test "before AUTH the log has the names of commands and no other word" {
+    (umask 077 && echo right >"$tmp/password")
+    start_kv -vv -P "$tmp/password"
+    ask 'PING hidden1' 'SET hidden2 hidden3' 'HELP hidden4' 'hidden5 hidden6' 'AUTH right' 'ECHO shown' |
+        is_like hidden1 '.*NOAUTH.*' '.*ERR.*' '.*ERR.*' OK shown
+    not grep -E 'hidden[12346]' "$log"
+    grep -E ' PING \(' "$log"
+    grep -E ' ECHO shown \(' "$log"
+}
+
+# bats test_tags=guards
 @test "before AUTH a request of more than 10 words or 16 KiB is too long and the end, after it not" {
     start_locked_kv sesame
     error='ERR before AUTH a request over 16 KiB or 10 words is too long'
@@ -3993,6 +4074,19 @@ check_cuts() { # FILE...
     $(grep -o 'truncate -s [0-9]*' "$tmp/stderr.3") "$tmp/flipped.3" # for a byte of the last batch
     start_kv --aof "$tmp/flipped.3"
     [[ $(abc) = "${values[5]}" ]]
+}
+
+# bats test_tags=log
+@test "a changed byte in a large value is found" {
+    start_aof
+    ask "SET key $(x 200000)" | is OK
+    stop_kv
+    size=$(size_of "$tmp/aof")
+    for back in 100 100000 199900; do # from the end
+        cp "$tmp/aof" "$tmp/changed"
+        printf y | dd of="$tmp/changed" bs=1 seek=$((size - back)) conv=notrunc 2>"$tmp/out"
+        refuses 1 'wrong checksum' -p 0 --aof "$tmp/changed"
+    done
 }
 
 # Flips a bit of each fourth byte, from offset FIRST on, but for those of the last line.
@@ -4650,6 +4744,27 @@ has_file() { find "/proc/$1/fd" -lname "$tmp/aof" 2>/dev/null | grep -q .; } # P
     [[ ! $early ]] && ((took < 1900 && lasted >= 1990))
 }
 
+# While one record is on its way to the disk, another one is appended. The end of that fsync says nothing
+# about the second one.
+# bats test_tags=log
+@test "a reply waits for its own record, also when that is appended while another is written" {
+    trace_kv -e trace=fsync,fdatasync -e inject=fsync,fdatasync:delay_enter=500000:when=5+
+    start_aof --fsync always
+    connect
+    writer=$c
+    for i in 1 2 3 4; do answers "$writer" 'INCR n' "$i"; done # a thread's first four are fast
+    connect
+    answers "$c" PING PONG
+    for i in 5 6 7; do
+        size=$(size_of "$tmp/aof")
+        send "$writer" 'INCR n'
+        wait_until larger "$size"
+        answers "$c" "SET meanwhile:$i 1" OK
+        grep -qa "meanwhile:$i" "$tmp/aof"
+        receive "$writer" && [[ $line = "$i" ]]
+    done
+}
+
 larger() { (($(size_of "$tmp/aof") > $1)); } # BYTES: whether the file is
 
 # bats test_tags=log
@@ -4784,6 +4899,21 @@ start_on_full_disk() { # [OPTION...]: sets $full to the size that the file can r
     (quickly checksums "$tmp/aof")
     restart
     ask 'GET a' 'GET b' 'GET n' DBSIZE | is 10 30 2 5
+}
+
+# bats test_tags=log
+@test "with --fsync always what had to wait for a full disk is fsynced before a reply reveals it" {
+    trace_kv -e trace=write,pwrite64,writev,fsync,fdatasync,sendto
+    start_on_full_disk --fsync always
+    ask 'SET a 1234567' | is_like '\(error\) MISCONF .*'
+    more_room
+    wait_until grep -q 'works again' "$log"
+    ask 'GET a' | is 1234567
+    end_trace
+    awk '/ (write|pwrite64|writev)\(/ && !/ write\(2,/ && !/= -1/ { dirty = 1 }
+        /sync.*= 0$/ { dirty = 0 }
+        / sendto\(.*"1234567/ { replies++; if (dirty) wrong = 1 }
+        END { exit wrong || replies != 1 }' "$tmp/trace"
 }
 
 writes_work() { [[ $(ask 'SET probe 1') = OK ]]; }
@@ -4993,6 +5123,7 @@ ended_in_peace() { # long before the whole file was read
             line=''
             receive "$c" || (($? < 128)) || return 1 # nothing, if there is none to read it either
             prlimit --pid "$pid" --data=unlimited:
+            ask 'SET small 1' | is OK # the next record, behind what was left of this one
             case $line in
                 OK) ok=$((ok + 1)) value=$bytes ;;
                 1) ok=$((ok + 1)) ttl=$((bytes + 1000000)) ;;
@@ -5296,6 +5427,20 @@ old_or_new() { # counts them in $olds and $news
     start_aof # whatever the last one has left
     [[ ! -e $tmp/aof.kv-compact ]]
     talk <"$tmp/look" | cmp - "$tmp/expected"
+}
+
+# bats test_tags=kv
+@test "a compacted file is fsynced before it replaces the old one" {
+    start_aof
+    yes 'INCR n' | head -n 100 | talk >"$tmp/out"
+    stop_kv
+    trace_kv -e trace=write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2
+    start_aof
+    end_trace
+    awk '/ (write|pwrite64|writev)\(/ && !/ write\(2,/ { dirty = 1; writes++ }
+        /sync.*= 0$/ { dirty = 0 }
+        / rename/ { renames++; if (dirty) wrong = 1 }
+        END { exit wrong || !writes || renames != 1 }' "$tmp/trace"
 }
 
 # bats test_tags=kv
