@@ -2,7 +2,7 @@
 # chapter: 8
 # concept: tests that find faults which you have not seen
 # level: 3
-# lines: 113
+# lines: 60
 # minutes: 180
 # task: Write tests in bats that pass with every correct kv, each time, and fail with as many as possible of ten mutants: kv with one promise broken. You have one point for each mutant that your tests catch; seven are enough.
 #
@@ -14,25 +14,27 @@
 # which it is. Three are correct: one without optimization, one with AddressSanitizer, and one that
 # differs in what kv does not promise, such as the order of KEYS and the size of its buffers.
 #
-# What the tests need is in doc/exercises/common.bash. They have 18 s; that they did not end within
-# them with a mutant means that it is caught.
+# What the tests need is in doc/exercises/common.bash. They have 30 s in all. A mutant with which they
+# do not end is caught.
 #
 # SC2034: common.bash uses it. SC2154: bats or common.bash sets it.
 # shellcheck disable=SC2034,SC2154
 
-KV=/bin/sh # a program must be there; hunt_with has others
+KV=/bin/sh hunt_time=30 # common.bash wants a program; those that are tested are built here
 
 load common
+export BATS_TEST_TIMEOUT=300
 
 setup_file() {
     export built=$BATS_FILE_TMPDIR repo=$BATS_TEST_DIRNAME/../..
+    unset MAKEFLAGS MAKELEVEL CFLAGS SANITIZER
+    build_all plain asan harmless
+}
+
+build_all() { # NAME...: a few at a time
     local name
-    names=(plain asan harmless)
-    mapfile -t -O 3 names < <(mutants)
-    printf '%s\n' "${names[@]}" | xargs -P "$(nproc)" -n 1 bash -c "$(declare -f build); build \"\$1\"" -
-    for name in "${names[@]}"; do
-        [[ -x $built/$name/kv ]] || { echo "$name does not build" && cat "$built/$name/log" && return 1; }
-    done
+    printf '%s\n' "$@" | xargs -P "$(nproc 2>/dev/null || echo 2)" -n 1 bash -c "$(declare -f build)"$'\nbuild "$1"' - || true
+    for name; do [[ -x $built/$name/kv ]] || { cat "$built/$name/log" && return 1; }; done
 }
 
 # Ten of the mutants, by one SEED for each class: 3 easy, 4 medium and 3 hard.
@@ -81,6 +83,7 @@ tell() { echo "# $*" >&3; } # SENTENCE
 @test "seven of ten mutants are caught" {
     local name class caught=0 ten
     mapfile -t ten < <(mutants)
+    build_all "${ten[@]}"
     hunt_with "$built/harmless/kv"
     ((failed == 0)) || because "your tests fail on a correct kv, so they catch nothing"
     for name in "${ten[@]}"; do

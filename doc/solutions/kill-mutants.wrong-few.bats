@@ -1,16 +1,16 @@
 #!/usr/bin/env bats
 # on: kill-mutants
 # chapter: 8
-# expect: what is asked is what every mutant does right
+# expect: it tries what everybody tries, nothing at a limit: each mutant passes this
 # fails: seven of ten mutants are caught
 # says: your tests catch too few of the mutants
 #
-# SC2154: common.bash sets it. SC2119: start_kv may have no options.
-# shellcheck disable=SC2154,SC2119
+# SC2154: common.bash sets it.
+# shellcheck disable=SC2154
 
 load ../exercises/common
 
-@test "SET and GET" {
+@test "SET stores, GET looks up, DEL removes" {
     start_kv
-    ask 'SET a 1' 'GET a' | is OK 1
+    ask 'SET a 1' 'GET a' 'DEL a' 'GET a' | is OK 1 1 '(nil)'
 }
