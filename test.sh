@@ -2319,7 +2319,7 @@ stop_with_queue() { # COUNT [FILE]
 # reader whom a busy machine makes wait; so there are several tries.
 without_end='exec yes "INCR $2$(printf %50000s)" >&"$1" 2>/dev/null'
 
-# bats test_tags=stop
+# bats test_tags=log
 @test "what is run is answered, also to a client that goes on sending and reading after SIGTERM" {
     exact=0
     for try in 1 2 3 4 5; do
