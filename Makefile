@@ -111,7 +111,8 @@ lint: ## check kv.c, the scripts, the references of doc/ and the size budget
 	clang-tidy --quiet --warnings-as-errors='*' --checks='$(TIDY)' kv.c -- $(STRICT)
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
 	    --error-exitcode=1 kv.c
-	shellcheck -x test.sh bench.sh $(shell grep -l '^.!.*bash' doc/measure/*) doc/measure/lib.sh doc/course doc/patches doc/patches.bats doc/exercises/*.ba*s* doc/solutions/*.bats $(wildcard doc/steps/*.bats) \
+	shellcheck -x test.sh bench.sh $(shell grep -l '^.!.*bash' doc/measure/*) doc/measure/lib.sh doc/course doc/grade doc/handout doc/patches doc/*.bats \
+	    doc/exercises/*.ba*s* doc/solutions/*.bats doc/steps/*.bats \
 	    $(addprefix doc/engines/,certificates follow guard man-tables measure to-cluster engines.bats) .ci/run .ci/docrefs .ci/smoke
 	.ci/docrefs
 	.ci/budget
