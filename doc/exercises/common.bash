@@ -19,7 +19,8 @@ teardown() {
     if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
     # What is lost is reported only where kv ends by itself.
     if [[ $pid && ${SANITIZER:-} = asan && ${BATS_TEST_COMPLETED:-} ]]; then
-        kill "$pid" 2>/dev/null && wait_until gone "$pid" || true
+        kill "$pid" 2>/dev/null || true
+        wait_until gone "$pid" || true
     fi
     if [[ $pid ]]; then { kill -9 "$pid" && wait "$pid"; } 2>/dev/null || true; fi
     [[ -e $log ]] || return 0
