@@ -100,14 +100,14 @@ setup_file() {
 name_failure() {
     local i
     BATS_DEBUG_LASTLAST_STACK_TRACE=() BATS_DEBUG_LAST_STACK_TRACE_IS_VALID=''
-    for i in "${!functions[@]}"; do
-        BATS_DEBUG_LASTLAST_STACK_TRACE+=("${lines[i]} ${functions[i]} $BATS_TEST_SOURCE")
-        if [[ ${functions[i]} = "$BATS_TEST_NAME" ]]; then break; fi
+    for i in "${!failing_functions[@]}"; do
+        BATS_DEBUG_LASTLAST_STACK_TRACE+=("${failing_lines[i]} ${failing_functions[i]} $BATS_TEST_SOURCE")
+        if [[ ${failing_functions[i]} = "$BATS_TEST_NAME" ]]; then break; fi
     done
 }
 
 setup() {
-    trap 'if [[ ${BASH_SOURCE[0]} = "$BATS_TEST_SOURCE" ]]; then functions=("${FUNCNAME[@]}") lines=("$LINENO" "${BASH_LINENO[@]}"); fi' DEBUG
+    trap 'if [[ ${BASH_SOURCE[0]} = "$BATS_TEST_SOURCE" ]]; then failing_functions=("${FUNCNAME[@]}") failing_lines=("$LINENO" "${BASH_LINENO[@]}"); fi' DEBUG
     tmp=$BATS_TEST_TMPDIR log=$BATS_TEST_TMPDIR/log
     pid='' port='' status='' took='' line='' c=''
     fds=() helpers=()
