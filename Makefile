@@ -124,7 +124,7 @@ deps: ## install what the tests need: bats 1.8 or newer, nc, parallel, patch, re
 	    { echo 'bats 1.8 or newer is needed: npm install -g bats'; exit 1; }
 
 deps-all: deps ## and what make lint, make cross, .ci/run and comparisons with Redis need
-	@$(call install,gcc clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
+	@$(call install,gcc git clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
 	    strace redis-server python3-redis prometheus-redis-exporter gnuplot-nox \
 	    nutcracker haproxy stunnel4 openssl perl \
 	    $(CROSS_DEPS),llvm cppcheck shellcheck cloc)
