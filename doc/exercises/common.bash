@@ -179,3 +179,23 @@ start_spied_kv() { # OPTION...
 }
 
 spied() { sed -n "s/^$1: *\([0-9]*\) *$/\1/p" "$tmp/spied"; } # sends|fsyncs: how many so far
+
+# The two tests of a hunt. What the student's file does once may be chance, so each is three times.
+passes_the_correct_kv() {
+    local times
+    hunt_with "$KV"
+    ((tests > 0)) || because "there is no test in your file that bats can run" || return 1
+    ((skipped == 0)) || because "a test that is skipped finds nothing" || return 1
+    for times in 1 2 3; do
+        ((failed == 0)) || because "your test fails on a correct kv, in run $times of 3" || return 1
+        if ((times < 3)); then hunt_with "$KV"; fi
+    done
+}
+
+fails_the_broken_kv() {
+    local times
+    for times in 1 2 3; do
+        hunt_with "$BUG"
+        ((failed > 0)) || because "your test passes on the broken kv, in run $times of 3" || return 1
+    done
+}
