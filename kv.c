@@ -324,7 +324,7 @@ static void buf_add_header(struct buf *b, char type, size_t n) {
 
 /* Frees the memory of a buffer that is empty and has become large. */
 static void buf_slim(struct buf *b) {
-    if (b->len > 0 || b->cap <= MIN_READ) return;
+    if (b->len > 0 || b->cap <= IO_CHUNK) return;
     free(b->p);
     *b = (struct buf){.failed = b->failed};
 }
@@ -348,7 +348,6 @@ struct conn {
     size_t pos;                  /* offset in in.p of the next request */
     size_t scanned;              /* bytes from pos on in which no newline was found */
     struct buf out;              /* replies that are not sent yet */
-    int no_yields;               /* how many further calls of yield do nothing */
 
     /* Since replies were last sent: */
     size_t replies;  /* so many are in out */
@@ -1106,24 +1105,18 @@ static bool remove_key(struct conn *c) {
 }
 
 /* Gives the key at hand a value and a deadline, which may be NEVER. If the deadline
-   has passed, the key is removed. A value of the same length is copied over the old
-   one, which needs no memory. */
+   has passed, the key is removed. */
 static bool store(struct conn *c, struct slice value, int64_t deadline) {
     struct table *t = &c->shard->table;
     if (has_passed(deadline)) return remove_key(c);
-    bool in_place = c->entry && c->entry->value_len == value.len;
-    struct entry *e = in_place ? c->entry : entry_new(c->hash, c->key, value);
+    struct entry *e = entry_new(c->hash, c->key, value);
     if (!e || !table_reserve(t) || !log_set(c, value, deadline)) {
-        if (!in_place) free(e);
+        free(e);
         return fail_oom(c);
     }
-    if (in_place) {
-        memcpy(entry_value(e).p, value.p, value.len);
-    } else {
-        if (c->entry) table_remove(t, c->entry);
-        table_insert(t, e);
-        c->entry = e;
-    }
+    if (c->entry) table_remove(t, c->entry);
+    table_insert(t, e);
+    c->entry = e;
     deadline_set(t, e, deadline);
     return true;
 }
@@ -1913,61 +1906,6 @@ static void send_replies(struct conn *c) {
     c->seen = 0;
 }
 
-/* Reads once and appends to c->in. Returns recv's result, and -1 and ENOMEM when memory
-   is out. If a signal interrupts recv, it is called again. */
-static ssize_t receive(struct conn *c, int flags) {
-    struct buf *in = &c->in;
-    char *to = buf_reserve(in, MIN_READ);
-    ssize_t n;
-    if (!to) {
-        errno = ENOMEM;
-        return -1;
-    }
-    do n = recv(c->fd, to, in->cap - in->len, flags);
-    while (n < 0 && errno == EINTR);
-    if (n > 0) in->len += (size_t)n;
-    return n;
-}
-
-/* Lets other threads run first. Returns true if it is worth calling this again, false if
-   another program seems to use the processor. The time that the yield took tells. If only
-   threads of kv ran, at worst one for each client, it is clients * TURN_US at most.
-   Another program makes it some SLICE_US longer. The limit is in the middle: with 10
-   clients it is 250 us + 2000 us. After a false the next PAUSE calls for this connection
-   return false at once. */
-static bool yield(struct conn *c) {
-    enum { TURN_US = 25, SLICE_US = 4000, PAUSE = 200 };
-    if (c->no_yields > 0) {
-        c->no_yields--;
-        return false;
-    }
-    int64_t start = monotonic_us();
-    sched_yield();
-    int64_t took = monotonic_us() - start;
-    bool only_kv = took <= clients * TURN_US + SLICE_US / 2;
-    if (!only_kv) c->no_yields = PAUSE;
-    return only_kv;
-}
-
-/* Looks for input up to LOOKS times without blocking, and lets other threads run before
-   each look. That is cheaper than to block and to be woken, with two exceptions. With
-   more than FEW_CLIENTS the looks would mostly find nothing. And beside a busy program a
-   thread that yields waits until the slice of that program is over, while a thread that
-   blocked is run soon after its input has come. Returns what recv does, or -1 and EAGAIN
-   for no input. (What the numbers here and in yield do can be tried: exercises 1 and 4 of
-   the chapter Performance.) */
-static ssize_t look_for_input(struct conn *c) {
-    enum { FEW_CLIENTS = 256, LOOKS = 20 };
-    ssize_t n = -1;
-    errno = EAGAIN;
-    if (clients > FEW_CLIENTS) return n;
-    for (int i = 0; i < LOOKS && n < 0 && errno == EAGAIN; i++) {
-        if (!yield(c)) break;
-        n = receive(c, MSG_DONTWAIT);
-    }
-    return n;
-}
-
 /* There is no more input. All requests that had arrived in full were run before this
    read. If the client ended the input, and not our own shutdown, this tells it about a
    line that has no end. */
@@ -1986,16 +1924,20 @@ static void read_more(struct conn *c) {
     in->len -= c->pos;
     if (in->len > 0) memmove(in->p, in->p + c->pos, in->len);
     c->pos = 0;
-    ssize_t n = look_for_input(c);
-    if (n < 0 && errno == EAGAIN) {
-        buf_slim(&c->out); /* a silent client has small buffers */
-        buf_slim(in);
-        n = receive(c, 0);
+    buf_slim(in);
+    buf_slim(&c->out);
+    char *to = buf_reserve(in, MIN_READ);
+    if (!to) {
+        c->closing = "out of memory";
+        return;
     }
+    ssize_t n;
+    do n = recv(c->fd, to, in->cap - in->len, 0);
+    while (n < 0 && errno == EINTR);
+    if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* A buffer that a read has filled is doubled: the next read can take more. (By then
-       its requests have been run, so receive alone would find it large enough.) */
+    /* A read that fills the buffer has probably left more: let the next one take more. */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
@@ -2032,13 +1974,6 @@ static void hang_up(int fd, int ms) {
     close(fd);
 }
 
-/* A thread in hang_up is no client any more, but has a descriptor. If a thread comes
-   there when there are more than --max-clients + LINGER_RESERVE threads, it closes at
-   once. So kv reserves descriptors for --max-clients + SPARE_DESCRIPTORS: the others are
-   for the listener, the file and so on. (If they run out all the same, accept fails, and
-   the next client waits.) */
-enum { LINGER_RESERVE = 16, SPARE_DESCRIPTORS = LINGER_RESERVE + 16 };
-
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
 static void *conn_main(void *arg) {
     struct conn c = {.fd = (int)(intptr_t)arg, .id = ++connections};
@@ -2059,8 +1994,7 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
-    bool may_linger = threads <= opt.max_clients + LINGER_RESERVE;
-    hang_up(c.fd, may_linger ? 1000 : 0);
+    hang_up(c.fd, 1000);
     threads--; /* the last thing: main ends the program at 0 */
     return NULL;
 }
@@ -2200,7 +2134,7 @@ static bool write_batch(void) {
     if (fsync_policy == FSYNC_ALWAYS && !sync_file(aof.fd)) die_of_aof("fsync");
     if (aof.broken) say(WARN, "%s: works again", opt.aof);
     b->len = 0;
-    if (b->cap > IO_CHUNK) buf_slim(b);
+    buf_slim(b);
     return true;
 }
 
@@ -2227,12 +2161,12 @@ static void wait_or_write(void) {
 /* Waits until the records that c has seen are safe. Group commit: the writer writes all
    that has gathered, as one batch. Those that come meanwhile wait, and then one of them
    is the next writer, for them all. So many records share a write and an fsync. Each
-   thread first yields once: others then append their records, so that still more share.
+   thread first lets others run: they append their records, so that still more share.
    Returns false when writing fails. */
 static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
-    yield(c);
+    sched_yield();
     pthread_mutex_lock(&aof.lock);
     while (aof.safe < c->seen && !aof.broken) wait_or_write();
     pthread_mutex_unlock(&aof.lock);
@@ -2672,12 +2606,14 @@ static void catch_signals(void) {
 
 static int max_descriptors; /* each is below this number */
 
-/* Allows as many descriptors as --max-clients needs. With fewer some clients wait until
-   others leave. */
+/* Allows as many descriptors as --max-clients needs, and SPARE more: for the listener,
+   the file, and connections that hang_up is closing. Where there is none left, accept
+   fails, and new clients wait until others leave. */
 static void reserve_descriptors(void) {
+    enum { SPARE = 100 };
     struct rlimit limit = {0, 0};
     getrlimit(RLIMIT_NOFILE, &limit);
-    rlim_t want = (rlim_t)opt.max_clients + SPARE_DESCRIPTORS;
+    rlim_t want = (rlim_t)opt.max_clients + SPARE;
     limit.rlim_cur = limit.rlim_max < want ? limit.rlim_max : want;
     max_descriptors = (int)limit.rlim_cur;
     if (setrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur < want)
