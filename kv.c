@@ -25,10 +25,10 @@
  *
  * Lock order. A thread holds at most one shard lock (FLUSHALL takes all, in the order of
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
- * No thread reads, sends, writes or sleeps with one of these two. The log on stderr has a
- * lock of its own, which is held for one line. All else that threads share is atomic, or
- * set before they start. pthread_mutex_lock fails only where it is misused, so its result
- * is not checked.
+ * No thread reads, sends, writes or sleeps while it holds one of these. The log on stderr
+ * has a lock of its own, which is held for one line. All else that threads share is
+ * atomic, or set before they start. pthread_mutex_lock fails only where it is misused, so
+ * its result is not checked.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
@@ -76,8 +76,8 @@ struct slice {
 };
 
 /* A short string that a function can return. f(x).text can be an argument: C keeps the
-   struct until the call is done. There is room for what show returns, four bytes for each
-   of 64 and some more. */
+   struct until the call is done. There is room for what show returns: 64 bytes of a word,
+   each of which may become four, and some more. */
 struct text {
     char text[272];
 };
@@ -92,8 +92,8 @@ enum stage {
 static _Atomic enum stage stopping = SERVING;
 
 static atomic_long clients;     /* connections that count for --max-clients */
-static atomic_long threads;     /* of connections, also those in hang_up */
-static atomic_long connections; /* that there have been since the start */
+static atomic_long threads;     /* threads of connections, also those in hang_up */
+static atomic_long connections; /* all that there have been since the start */
 
 /* === 1 Options and log ============================================================= */
 
@@ -200,8 +200,8 @@ static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
 /* Logs an error and ends the program. */
 #define die(status, ...) (say(ERROR, __VA_ARGS__), exit(status))
 
-/* Whether this is the first call in this second; last remembers the second of the
-   previous call. It limits the log lines that strangers can provoke to one a second. */
+/* Whether this is the first call within a second of the clock; last remembers when the
+   previous call was. It limits the log lines that strangers can provoke. */
 static bool is_first_this_second(atomic_llong *last) {
     long long second = 1 + monotonic_us() / 1000000; /* *last starts with 0 */
     return atomic_exchange(last, second) != second;
@@ -283,17 +283,23 @@ struct buf {
    Replies are sent when IO_CHUNK bytes of them have gathered. */
 enum { SMALL_BUF = 512, MIN_READ = 1024, IO_CHUNK = 65536 };
 
-/* Makes room for n more bytes and returns where they go, or NULL when memory is out. The
-   capacity doubles, so that in the long run each byte is copied about once. */
+/* Makes room for n more bytes and returns where they go, or NULL when memory is out: then
+   b keeps what it has. The capacity doubles, so that in the long run each byte is copied
+   about once. */
 static char *buf_reserve(struct buf *b, size_t n) {
-    size_t cap = b->cap > 0 ? b->cap : SMALL_BUF;
-    while (cap - b->len < n && cap <= SIZE_MAX / 2) cap *= 2;
-    char *p = b->p;
-    if (cap - b->len < n || b->failed) p = NULL;
-    else if (cap > b->cap) p = realloc(b->p, cap);
-    if (p) *b = (struct buf){p, b->len, cap, false};
-    else b->failed = true;
-    return p ? p + b->len : NULL;
+    if (b->failed) return NULL;
+    if (!b->p || b->cap - b->len < n) {
+        size_t cap = b->cap > 0 ? b->cap : SMALL_BUF;
+        while (cap - b->len < n && cap <= SIZE_MAX / 2) cap *= 2;
+        char *p = cap - b->len < n ? NULL : realloc(b->p, cap);
+        if (!p) {
+            b->failed = true;
+            return NULL;
+        }
+        b->p = p;
+        b->cap = cap;
+    }
+    return b->p + b->len;
 }
 
 static void buf_add(struct buf *b, const void *p, size_t n) {
@@ -595,9 +601,9 @@ static bool next_request(struct conn *c) {
 /* The functions that reply return whether the request has succeeded: fail false, all
    others true. So a command can end with return reply_...(). */
 
-/* Whether a reply must quote s: without quotes it could be taken for an error, the end of
-   a list, a quoted value or another line, or a blank at its end be missed. as_word: also
-   what without quotes would not be one word of a request. */
+/* Whether a reply must quote s. Without quotes it could be taken for an error, the end of
+   a list, a quoted value or another line, or a blank at its end could be missed. With
+   as_word, s must also be quoted if it would not be one word of a request. */
 static bool needs_quotes(struct slice s, bool as_word) {
     if (s.len == 0) return true;
     char first = s.p[0], last = s.p[s.len - 1];
@@ -689,8 +695,8 @@ static bool reply_string(struct conn *c, struct slice s, bool quoted) {
     return reply_line(c, "", str(""));
 }
 
-/* A value. Text has it without quotes where it cannot be misread, with blanks in it,
-   too. */
+/* A value. In text it has quotes only where it could be misread; blanks inside it need
+   none. */
 static bool reply_value(struct conn *c, struct slice s) {
     return reply_string(c, s, needs_quotes(s, false));
 }
@@ -714,8 +720,9 @@ static bool list_end(struct conn *c, size_t n, const char *noun) {
 
 /* === 5 Hashing ===================================================================== */
 
-/* The key of the table's hash is drawn at random: nobody who does not know it can choose
-   keys that collide. The append-only file's checksum is the same hash with zeros. */
+/* The secret of the table's hash is drawn at random: a client cannot know it, and so
+   cannot choose keys that collide. The append-only file's checksum is the same hash with
+   zeros. */
 static uint64_t table_key[2];
 static const uint64_t checksum_key[2] = {0, 0};
 
@@ -883,8 +890,8 @@ static void table_grow(struct table *t) {
     free(old.buckets);
 }
 
-/* Makes room for one entry more and its deadline. Returns false when memory is out. Where
-   it is out only for more buckets, the chains get longer instead. */
+/* Makes room for one entry more and its deadline. Returns false when memory is out. If
+   there is no memory for more buckets alone, the chains get longer instead. */
 static bool table_reserve(struct table *t) {
     if (t->count >= t->size) table_grow(t);
     if (t->heap_len == t->heap_room) {
@@ -942,7 +949,7 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
     d.entry->slot = (uint32_t)slot;
 }
 
-/* slot is free. Moves it up, as long as the parent is later than d, and puts d there. */
+/* Puts d into slot, or higher: as long as a parent is later than d, it moves down. */
 static void heap_up(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -951,7 +958,7 @@ static void heap_up(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* slot is free. Moves it down, as long as a child is sooner than d, and puts d there. */
+/* Puts d into slot, or lower: as long as a child is sooner than d, it moves up. */
 static void heap_down(struct table *t, size_t slot, struct deadline d) {
     while (2 * slot <= t->heap_len) {
         size_t child = 2 * slot;
@@ -964,8 +971,8 @@ static void heap_down(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its place. That may
-   be from another branch, so it may be sooner than the parent of the free slot. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its slot, and moves
+   up or down from there, to where it belongs. */
 static void deadline_clear(struct table *t, struct entry *e) {
     size_t slot = e->slot;
     if (slot == 0) return;
@@ -973,12 +980,12 @@ static void deadline_clear(struct table *t, struct entry *e) {
     t->heap_len--;
     e->slot = 0;
     if (last.entry == e) return;
-    bool is_sooner = slot > 1 && last.when < t->heap[slot / 2].when;
-    if (is_sooner) heap_up(t, slot, last);
-    else heap_down(t, slot, last);
+    heap_up(t, slot, last);
+    heap_down(t, last.entry->slot, last); /* moves it only if heap_up did not */
 }
 
-/* Gives e a deadline, a new one, or with NEVER none. table_reserve comes first. */
+/* Gives e a deadline in place of the one it has; NEVER: none. table_reserve comes first.
+   */
 static void deadline_set(struct table *t, struct entry *e, int64_t when) {
     deadline_clear(t, e);
     if (when == NEVER) return;
@@ -1043,9 +1050,9 @@ static void *expiry_main(void *unused) {
 /* KEY: works on the key in argv[1]. WRITES: changes data. OPEN: allowed before AUTH. */
 enum { KEY = 1, WRITES = 2, OPEN = 4 };
 
-/* A row of the table of commands says all about one. The words that a request may have
-   are counted with the name. run replies once, and returns what the reply returned. If
-   the row says KEY, run is called with the key at hand locked and looked up: c->entry, or
+/* A row of the table of commands says all about one. min_words and max_words count the
+   name, too. run replies once, and returns what the reply returned. If the row says KEY,
+   run is called with the key at hand locked and looked up: c->entry is its entry, or
    NULL. run must not block. */
 struct command {
     const char *name;
@@ -1183,7 +1190,8 @@ static struct text lower_name(const struct command *cmd) {
 }
 
 /* Turns a word, a number n, into the moment n * unit + base. unit is in ms, base in ms
-   since 1970. Replies and returns false if n is no number, below min, or too large. */
+   since 1970, and not negative. Replies and returns false if n is no number, below min,
+   or too large. */
 static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int64_t base,
                            int64_t min, int64_t *deadline) {
     int64_t n;
@@ -1246,7 +1254,7 @@ static bool cmd_set(struct conn *c) {
 }
 
 /* DEL and EXISTS have no KEY in their rows: they lock their keys themselves, one
-   after the other. If memory runs out, DEL has removed those before. */
+   after the other. If memory runs out, DEL has removed the first of them. */
 static bool cmd_del(struct conn *c) {
     int64_t n = 0;
     bool ok = true;
@@ -1365,22 +1373,25 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. On a mismatch the search goes back to the last star,
-   which takes one byte more. An example, *a*b and xaxab:
+/* Whether s matches a glob pattern. A star takes nothing at first. On a mismatch the
+   search goes back to the last star, which takes one byte more. *a*b and xaxab, for
+   example:
 
-        byte    item
-         x       a      no: back, the first star takes x
-         a       a      yes; then the second star, which takes nothing yet
-         x       b      no: back, the second star takes x
-         a       b      no: back, it takes a, too
-         b       b      yes: the end of both
+        item    byte    star_i
+         *                0     star 1, takes nothing
+         a      0: x      0     no: back, star 1 takes x
+         a      1: a      1     yes
+         *                2     star 2, takes nothing
+         b      2: x      2     no: back, star 2 takes x
+         b      3: a      3     no: back, star 2 takes xa
+         b      4: b      4     yes: the end of both
 
-   An earlier star need never take more: what is between two stars is matched as far left
-   as it fits, and so leaves the most bytes for the rest of the pattern. star_i only
-   grows, so this goes back at most s.len times, for at most pattern.len steps each.
+   It never has to go back to an earlier star (Russ Cox, "Glob Matching Can Be Simple And
+   Fast Too", 2017, shows why).
 
-   With megabytes of both that takes minutes. So once the server gives up, this goes back
-   no more: the result may be wrong then, but KEYS does not send it. */
+   star_i only grows, so the search goes back at most s.len times, for at most pattern.len
+   steps each. With megabytes of both that takes minutes. So once the server gives up, it
+   goes back no more: the result may be wrong then, but KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *star = NULL; /* what is behind the last star */
@@ -1388,7 +1399,7 @@ static bool glob_match(struct slice pattern, struct slice s) {
     size_t i = 0;
     while (i < s.len) {
         const char *next = p;
-        if (p < end && *p == '*') { /* it takes nothing at first */
+        if (p < end && *p == '*') {
             p++;
             star = p;
             star_i = i;
@@ -1518,7 +1529,7 @@ static bool cmd_quit(struct conn *c) {
 }
 
 /* POST and Host: come from a web browser that somebody has tricked into talking to kv.
-   What it sends may hold commands, so nothing behind is run. */
+   What it sends may hold commands, so nothing that follows is run. */
 static bool cmd_http(struct conn *c) {
     static atomic_llong logged;
     c->closing = "it speaks HTTP";
@@ -1550,7 +1561,7 @@ static bool is_password(struct slice word) {
 
 static void set_timeouts(int fd, long seconds);
 
-/* What a client may do from its login on. */
+/* Lets the client do what it may do after its login. */
 static void log_in(struct conn *c) {
     c->authed = true;
     c->max_bytes = (size_t)opt.max_request;
@@ -1581,24 +1592,27 @@ static bool cmd_auth(struct conn *c) {
     return authenticate(c, user, c->argv[c->argc - 1]) && reply_status(c, "OK");
 }
 
-/* An item of HELLO's reply, which in RESP is a name and a value. */
+/* An item of HELLO's reply: in RESP a name and a value, in text a line. */
 static void reply_item(struct conn *c, const char *name, const char *value) {
     struct text line;
     snprintf(line.text, sizeof line, "%s:%s", name, value);
-    if (!c->resp) {
+    if (c->resp) {
+        reply_value(c, str(name));
+        reply_value(c, str(value));
+    } else {
         reply_line(c, "", str(line.text));
-        return;
     }
-    reply_value(c, str(name));
-    reply_value(c, str(value));
 }
 
 static void reply_int_item(struct conn *c, const char *name, int64_t n) {
     struct text line;
     snprintf(line.text, sizeof line, "%s:%" PRId64, name, n);
-    if (c->resp) reply_value(c, str(name));
-    if (c->resp) reply_int(c, n);
-    else reply_line(c, "", str(line.text));
+    if (c->resp) {
+        reply_value(c, str(name));
+        reply_int(c, n);
+    } else {
+        reply_line(c, "", str(line.text));
+    }
 }
 
 /* HELLO [2|3 [AUTH default password] [SETNAME name]]: what client libraries begin with.
@@ -1630,7 +1644,7 @@ static bool cmd_hello(struct conn *c) {
                "authenticate the client and select the RESP protocol version at the "
                "same time");
     c->resp3 = version == 3;
-    /* RESP3 has a map of six pairs, RESP2 a list of twelve strings. */
+    /* RESP3 has a map of six pairs, RESP2 a list of twelve items. */
     if (c->resp && c->resp3) buf_add_header(&c->out, '%', 6);
     else list_start(c, 12);
     reply_item(c, "server", "kv");
@@ -1852,7 +1866,7 @@ static bool run_request(struct conn *c) {
 }
 
 /* Logs a request, its client and its time, but no words that may be a password. If
-   AUTH was mistyped, the word behind it may be one, too. */
+   AUTH was mistyped, the word after it may be a password, too. */
 static void log_request(const struct conn *c, const char *client, int64_t us) {
     char line[512], *end = line;
     char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
@@ -1873,7 +1887,8 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
    cannot be written. Without --aof returns true at once. */
 static bool aof_commit(struct conn *c);
 
-/* Replaces all replies by MISCONF, in the form of the last request. */
+/* Replaces all replies by MISCONF, in the form of the last request. (Where a client mixes
+   both forms, some have the wrong one.) */
 static void replace_replies(struct conn *c) {
     c->out.len = 0;
     for (size_t i = 0; i < c->replies; i++) fail(c, MISCONF ", the outcome is unknown");
@@ -1883,7 +1898,7 @@ static void replace_replies(struct conn *c) {
    has taken them, up to --timeout. Sets closing on failure.
 
    Where the file cannot be written there are two cases. If one of the requests writes,
-   all replies become MISCONF, for c->out does not tell where the reply of that one is.
+   all replies become MISCONF, for nobody knows which bytes of c->out are its reply.
    (The change stays, and its record will be tried again, see section 10.) If all only
    read, they are sent as they are, although they may reveal a change that a crash now
    would undo: a full disk is no reason to stop reading. */
@@ -1896,7 +1911,7 @@ static void send_replies(struct conn *c) {
         if (n >= 0) {
             sent += (size_t)n;
         } else if (errno != EINTR) {
-            /* EAGAIN: the time is over that set_timeouts allows. */
+            /* EAGAIN: it took longer than set_timeouts allows. */
             c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
             break;
         }
@@ -1937,7 +1952,8 @@ static void read_more(struct conn *c) {
     if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* A read that fills the buffer has probably left more: let the next one take more. */
+    /* A read that fills the buffer has probably left more: the next one gets more room.
+       (If there is no memory for that, the next one closes the connection.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
@@ -2008,30 +2024,39 @@ static void *conn_main(void *arg) {
    a copy.
 
    Threads append records to gathered while they hold a shard's lock, and write what has
-   gathered before they reply. Records are counted from 1.
+   gathered before they reply. Records are counted from 1. One thread at a time is the
+   writer. It takes all that has gathered as its batch, by a swap of two buffers, and
+   writes that without the lock:
+
+        gathered  ---swap--->  batch  ---write--->  file
+        up to end              up to batch_end      up to safe
+
+   This is group commit: while A writes, B and C append their records, and wait. When A is
+   done, both are woken. B is first: it becomes the writer, and writes for C, too. So many
+   records share a write and an fsync.
 
    When the file cannot be written, for example on a full disk, broken is set. Threads
    that wait for their records get MISCONF, and what would write is refused (run_request).
-   What only reads is served (send_replies). The records stay in batch and gathered. The
-   expiry thread tries again each second (aof_write_all). When that succeeds, broken is
-   cleared. */
+   What only reads is served (send_replies). The records stay in batch and gathered. Now
+   only the expiry thread writes: each second it tries again, first batch, then gathered
+   (aof_write_all). When that succeeds, broken is cleared. */
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
     pthread_mutex_t lock; /* guards gathered, end and has_writer */
-    struct buf gathered;  /* records, and room for the checksum line behind them */
+    struct buf gathered;  /* records, and room for a checksum line */
     uint64_t end;         /* the last record */
     bool has_writer;      /* a thread writes; no other does meanwhile */
     pthread_cond_t done;  /* signals that the writer is done */
 
-    /* For the writer alone. (The next writer sees them as the last one left them, for
-       has_writer is changed with the lock.) */
-    struct buf batch;   /* being written; else empty, unless a write has failed */
-    size_t written;     /* so many of its bytes are there */
+    /* For the writer alone. (Each writer takes the lock before and after, so it sees them
+       as the last one left them.) */
+    struct buf batch;   /* being written, or the one that failed; else empty */
+    size_t written;     /* so many of its bytes are in the file */
     uint64_t batch_end; /* its last record */
 
     /* Read at any time, changed only with the lock: */
-    atomic_uint_fast64_t safe; /* replies that reveal records up to this one may go out */
+    atomic_uint_fast64_t safe; /* the last record that is safe, see section 8 */
     atomic_bool broken;        /* the last write has failed */
 } aof = {
     .fd = -1,
@@ -2049,7 +2074,8 @@ static void format_sum_line(char *to, struct slice bytes) {
 }
 
 /* Adds a record of n words to b, and makes room for a checksum line, so that this line
-   cannot fail later. Returns false when memory is out: b is as it was. */
+   cannot fail later. Returns false when memory is out, also for one of the words: then
+   half a record is cut off again. */
 static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     size_t old_len = b->len;
     buf_add_header(b, '*', n);
@@ -2096,11 +2122,11 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* The gathered records, at least one, become the next batch, by a swap of two buffers.
-   add_record has made room for the checksum line. The writer calls this without the lock.
-   */
+/* Makes the gathered records, at least one, the next batch. add_record has made room for
+   the checksum line. The writer calls this without the lock. */
 static void take_batch(void) {
-    struct buf *b = &aof.batch, empty = *b;
+    struct buf *b = &aof.batch;
+    struct buf empty = *b;
     pthread_mutex_lock(&aof.lock);
     *b = aof.gathered;
     aof.batch_end = aof.end;
@@ -2110,7 +2136,8 @@ static void take_batch(void) {
     end_batch(b);
 }
 
-/* Writes b to fd from *written on, and counts on there. Returns false on failure. */
+/* Writes the rest of b to fd: *written bytes of it were written before. Adds to *written
+   what it writes. Returns false on failure. */
 static bool write_rest(int fd, const struct buf *b, size_t *written) {
     while (*written < b->len) {
         ssize_t n = write(fd, b->p + *written, b->len - *written);
@@ -2138,16 +2165,11 @@ static bool write_batch(void) {
     return true;
 }
 
-/* Waits until the writer is done. If there is none, this thread becomes the writer and
-   writes one batch. Called only if there is a record that is not safe: it has gathered,
-   or is in the batch that failed. Called with the lock, which is released meanwhile. The
-   result is in safe and broken: callers look there, and call again if it is not yet what
-   they want. */
-static void wait_or_write(void) {
-    if (aof.has_writer) {
-        pthread_cond_wait(&aof.done, &aof.lock);
-        return;
-    }
+/* Makes this thread the writer, for one batch. Returns false when writing fails. Called
+   with the lock, which is released meanwhile, and only if there is no writer and a record
+   is not safe. Where is that record? In batch, if the last write has failed, else in
+   gathered: write_batch finds it in both cases. */
+static bool be_writer(void) {
     aof.has_writer = true;
     pthread_mutex_unlock(&aof.lock);
     bool ok = write_batch();
@@ -2156,31 +2178,37 @@ static void wait_or_write(void) {
     aof.broken = !ok;
     aof.has_writer = false;
     pthread_cond_broadcast(&aof.done);
+    return ok;
 }
 
-/* Waits until the records that c has seen are safe. Group commit: the writer writes all
-   that has gathered, as one batch. Those that come meanwhile wait, and then one of them
-   is the next writer, for them all. So many records share a write and an fsync. Each
-   thread first lets others run: they append their records, so that still more share.
-   Returns false when writing fails. */
+/* Waits until the records that c has seen are safe. Returns false when writing fails.
+   Each thread first lets others run: they append their records, so that more share a
+   write. */
 static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
     sched_yield();
     pthread_mutex_lock(&aof.lock);
-    while (aof.safe < c->seen && !aof.broken) wait_or_write();
+    while (aof.safe < c->seen && !aof.broken) {
+        if (aof.has_writer) pthread_cond_wait(&aof.done, &aof.lock);
+        else be_writer();
+    }
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= c->seen;
 }
 
-/* Writes all there is. Returns false when writing fails. */
+/* Writes all records that there are now, also when broken is set: then it tries again.
+   Returns false when writing fails. */
 static bool aof_write_all(void) {
+    bool ok = true;
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    if (aof.broken) wait_or_write(); /* tries again; if that works, broken is cleared */
-    while (aof.safe < end && !aof.broken) wait_or_write();
+    while (aof.safe < end && ok) {
+        if (aof.has_writer) pthread_cond_wait(&aof.done, &aof.lock);
+        else ok = be_writer();
+    }
     pthread_mutex_unlock(&aof.lock);
-    return aof.safe >= end;
+    return ok;
 }
 
 /* The expiry thread calls this each second. Tries again what could not be written, and
@@ -2369,13 +2397,15 @@ static bool write_tables(int fd) {
     return ok;
 }
 
+/* The lock ends when this process closes the file, or ends. */
 static bool lock_file(int fd) {
     struct flock whole_file = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     return fcntl(fd, F_SETLK, &whole_file) == 0;
 }
 
 /* Writes a shorter file as name and has it replace the one at path, which has the status
-   old. Returns its descriptor, or -1. */
+   old. Returns its descriptor, or -1. It is locked before it gets that name, so that no
+   other kv can be first. */
 static int write_compact(const char *name, const char *path, const struct stat *old) {
     int fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_APPEND, 0600);
     if (fd < 0) return -1;
@@ -2423,8 +2453,10 @@ static int open_and_lock(char *path) {
     if (!lock_file(fd)) die_of_aof("in use by another kv");
     /* A lock belongs to a file, not to its name. So this may have happened:
          this kv opens the file;
-         another kv compacts: it locks a new file, gives it this name, closes the old one;
-         this kv locks the old one, which has no name any more. */
+         another kv, which starts, too, compacts: it locks a new file, gives it this name,
+           and closes the old one, which ends the lock of that one;
+         this kv locks the old one, which has no name any more.
+       But if this kv has locked the file of that name, no other can replace it. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2469,8 +2501,8 @@ static bool aof_close(void) {
 
 /* === 11 The server ================================================================= */
 
-/* Setting an option may fail, for example where the client is gone already. A connection
-   works without, only less well. */
+/* This may fail, for example where the client is gone already. A connection works without
+   the option, only less well. */
 static void set_option_of(int fd, int level, int name, int value) {
     (void)setsockopt(fd, level, name, &value, sizeof value);
 }
@@ -2570,12 +2602,13 @@ static void read_password(void) {
     FILE *f = fopen(opt.password_file, "r");
     size_t n = f ? fread(password, 1, sizeof password - 1, f) : 0;
     size_t len = strcspn(password, "\r\n");
+    bool has_zero = len < n && password[len] == 0; /* in that line */
     const char *wrong = NULL;
     if (!f || fstat(fileno(f), &st) < 0) wrong = strerror(errno);
     else if (st.st_mode & 022) wrong = "others may write it: chmod 600 helps";
     else if (strncmp(password, "\xef\xbb\xbf", 3) == 0)
         wrong = "it has a byte order mark";
-    else if (len == 0 || len == sizeof password - 1 || (len < n && password[len] == 0))
+    else if (len == 0 || len == sizeof password - 1 || has_zero)
         wrong = "its first line is empty, too long, or no text";
     if (wrong) die(2, "--password-file %s: %s", opt.password_file, wrong);
     if (st.st_mode & 044) say(WARN, "--password-file: others may read it");
@@ -2660,16 +2693,18 @@ static void wait_for_threads(int64_t ms) {
 
 /* Makes the threads of all connections end, in three steps:
 
-     SHUT_RD, 2 s      recv (on Linux) still returns what has arrived or arrives later.
-                       But where it would block, it returns 0, as at the end of the
-                       input. So a thread answers what there is, and ends.
+     SHUT_RD, 2 s      From now on, recv does not block: where it would, it returns 0, as
+                       at the end of the input. (What has arrived, and on Linux also what
+                       still arrives, comes first.) So a thread answers what there is, and
+                       then end_input ends it.
      GIVING_UP, 0.5 s  A client that sends without a pause still has a thread. It runs
                        nothing more, and only sends the replies to what was run.
      SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
                        now.
 
-   The price: in hang_up, too, recv returns 0 at once, so it does not wait for the client.
-   One that still sends then has its connection reset, and may miss the last replies. */
+   The price: hang_up reads until recv returns 0, for that means that the client has
+   closed. Now it gets 0 at once. If the client still sends then, its connection is reset,
+   and it may miss the last replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
@@ -2713,8 +2748,9 @@ int main(int argc, char **argv) {
     }
 #ifdef M_ARENA_MAX
     /* malloc of glibc has several arenas, so that threads seldom wait for each other. But
-       what is freed in one cannot be used by another. With two, little lies idle. Threads
-       seldom wait even so, for each keeps freed blocks (./bench.sh measure arenas). */
+       what is freed in one cannot be used by another. With two, little memory is lost
+       that way. And threads seldom wait, for each keeps some freed blocks for itself
+       (./bench.sh measure arenas). */
     mallopt(M_ARENA_MAX, 2);
 #endif
     if (opt.aof) aof_open();
@@ -2727,7 +2763,7 @@ int main(int argc, char **argv) {
     stop_connections();
     pthread_join(expiry, NULL);
     bool ok = !opt.aof || aof_close();
-    if (threads > 0) return ok ? 0 : 1; /* they may still use what is freed now */
+    if (threads > 0) return ok ? 0 : 1; /* they may still use what is freed below */
     for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
     free(aof.gathered.p);
     free(aof.batch.p);
