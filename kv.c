@@ -86,7 +86,7 @@ struct text {
    atomic.) */
 enum stage {
     SERVING,
-    ANSWERING, /* a signal came: main has all threads answer what has arrived, and end */
+    ANSWERING, /* a signal came: what has arrived is answered, see stop_connections */
     GIVING_UP, /* run nothing more, only send the replies to what was run */
 };
 static _Atomic enum stage stopping = SERVING;
@@ -616,8 +616,8 @@ static bool needs_quotes(struct slice s, bool as_word) {
     return false;
 }
 
-/* Writes s as a double-quoted word to to, which has room for 4 * s.len + 2 bytes. Returns
-   where it ends. A double quote becomes \x22, so that printf %b of bash can decode the
+/* Writes s as a double-quoted word. to has room for 4 * s.len + 2 bytes. Returns where
+   the word ends. A double quote becomes \x22, so that printf %b of bash can decode the
    word. (This runs under a shard's lock, and sprintf would take many times as long.) */
 static char *quote(char *to, struct slice s) {
     static const char hex[] = "0123456789abcdef";
@@ -1076,10 +1076,11 @@ struct command {
    stored, and a crash then undoes it, B knows something that never was.
 
    A shard keeps the number of its last record, and a connection the highest number that
-   it has seen in a shard. Say A's SET becomes record 7: its shard's appended is 7. B gets
-   the key: B's seen is 7, and aof_commit has B's reply wait until 7 is safe. It also
-   waits if record 7 is about another key of this shard. That is more than is needed, but
-   saves a number in each entry. */
+   it has seen in a shard, also from its own changes. (Records become safe in order: with
+   the highest, all others are safe.) Say A's SET becomes record 7: its shard's appended
+   is 7. B gets the key: B's seen is 7, and aof_commit has B's reply wait until 7 is safe.
+   It also waits if record 7 is about another key of this shard. That is more than is
+   needed, but saves a number in each entry. */
 
 /* Appends a record of n words, and sets *number to its number; without --aof does
    nothing. Returns false when memory is out. */
@@ -1200,7 +1201,7 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
         return fail(c, "ERR invalid expire time in '%s' command",
                     lower_name(c->cmd).text);
     *deadline = n * unit + base;
-    if (*deadline == NEVER) *deadline = NEVER - 1; /* a deadline all the same */
+    if (*deadline == NEVER) *deadline = NEVER - 1; /* NEVER means none */
     return true;
 }
 
@@ -1377,14 +1378,14 @@ static bool match_item(const char **at, const char *end, char b) {
    search goes back to the last star, which takes one byte more. *a*b and xaxab, for
    example:
 
-        item    byte    star_i
-         *                0     star 1, takes nothing
-         a      0: x      0     no: back, star 1 takes x
-         a      1: a      1     yes
-         *                2     star 2, takes nothing
-         b      2: x      2     no: back, star 2 takes x
-         b      3: a      3     no: back, star 2 takes xa
-         b      4: b      4     yes: the end of both
+        item    byte
+         *              star 1 takes nothing
+         a      0: x    no: back to star 1, which takes x; go on at 1
+         a      1: a    yes
+         *              star 2 takes nothing
+         b      2: x    no: back to star 2, which takes x; go on at 3
+         b      3: a    no: back to star 2, which takes xa; go on at 4
+         b      4: b    yes: the end of both
 
    It never has to go back to an earlier star (Russ Cox, "Glob Matching Can Be Simple And
    Fast Too", 2017, shows why).
@@ -1395,7 +1396,7 @@ static bool match_item(const char **at, const char *end, char b) {
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *star = NULL; /* what is behind the last star */
-    size_t star_i = 0;       /* where in s the bytes end that this star takes */
+    size_t star_i = 0;       /* where to go on in s, behind what this star takes */
     size_t i = 0;
     while (i < s.len) {
         const char *next = p;
@@ -1898,10 +1899,11 @@ static void replace_replies(struct conn *c) {
    has taken them, up to --timeout. Sets closing on failure.
 
    Where the file cannot be written there are two cases. If one of the requests writes,
-   all replies become MISCONF, for nobody knows which bytes of c->out are its reply.
-   (The change stays, and its record will be tried again, see section 10.) If all only
-   read, they are sent as they are, although they may reveal a change that a crash now
-   would undo: a full disk is no reason to stop reading. */
+   all replies become MISCONF, for nobody knows which bytes of c->out are its reply. (The
+   change stays, others can see it, and its record will be tried again, see section 10. So
+   the reply says neither OK nor that it has failed.) If all requests only read, they are
+   sent as they are, although they may reveal a change that a crash now would undo: a full
+   disk is no reason to stop reading. */
 static void send_replies(struct conn *c) {
     if (!aof_commit(c) && c->writes) replace_replies(c);
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
@@ -1952,7 +1954,8 @@ static void read_more(struct conn *c) {
     if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* A read that fills the buffer has probably left more: the next one gets more room.
+    /* A read that fills the buffer has probably left more. So the next one gets more
+       room, up to IO_CHUNK; only for a long request buf_reserve above makes still more.
        (If there is no memory for that, the next one closes the connection.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
@@ -2126,7 +2129,7 @@ static bool sync_file(int fd) {
    the checksum line. The writer calls this without the lock. */
 static void take_batch(void) {
     struct buf *b = &aof.batch;
-    struct buf empty = *b;
+    struct buf empty = *b; /* it has no bytes, but memory for the next records */
     pthread_mutex_lock(&aof.lock);
     *b = aof.gathered;
     aof.batch_end = aof.end;
@@ -2244,8 +2247,8 @@ static bool is_sum_line(const char *p, const char *end) {
      torn, but called damaged: a value in the torn part contains such a line
      torn, but called damaged: power failed when the system had written a later part of
                                the file to the disk, and not yet an earlier one
-     damaged, but called torn: the last line of the file was a checksum line, and has
-                               changed so much that it is none
+     damaged, but called torn: the last line of the file, a checksum line, has changed:
+                               ... batch #SUM batch #S?M
 
    Where it says damaged, kv changes nothing, and a person decides. */
 static bool is_torn(struct slice file, size_t start) {
@@ -2266,9 +2269,10 @@ static const char *check_batch(struct conn *c, size_t start) {
         if (*at != '*' || take_array(c) != COMPLETE) return NULL;
         at = c->in.p + c->pos;
     }
+    if (at == end) return NULL;
     char right[SUM_LINE + 1];
     format_sum_line(right, (struct slice){c->in.p + start, c->pos - start});
-    return at < end && memcmp(at, right, SUM_LINE) == 0 ? at : NULL;
+    return memcmp(at, right, SUM_LINE) == 0 ? at : NULL;
 }
 
 /* Runs the record at c->pos. What cannot be run ends the program, and so does a
@@ -2456,7 +2460,8 @@ static int open_and_lock(char *path) {
          another kv, which starts, too, compacts: it locks a new file, gives it this name,
            and closes the old one, which ends the lock of that one;
          this kv locks the old one, which has no name any more.
-       But if this kv has locked the file of that name, no other can replace it. */
+       So this kv looks whether the name still leads to the file that it has locked. If
+       so, no other can replace it any more. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2747,10 +2752,10 @@ int main(int argc, char **argv) {
         pthread_mutex_init(&shards[i].lock, NULL);
     }
 #ifdef M_ARENA_MAX
-    /* malloc of glibc has several arenas, so that threads seldom wait for each other. But
-       what is freed in one cannot be used by another. With two, little memory is lost
-       that way. And threads seldom wait, for each keeps some freed blocks for itself
-       (./bench.sh measure arenas). */
+    /* malloc of glibc has several arenas, heaps with a lock each, so that threads seldom
+       wait for each other. But what is freed in one cannot be used by another. With two,
+       little memory is lost that way. And threads still seldom wait, because each thread
+       keeps some freed blocks for itself (./bench.sh measure arenas). */
     mallopt(M_ARENA_MAX, 2);
 #endif
     if (opt.aof) aof_open();
