@@ -196,6 +196,6 @@ fails_the_broken_kv() {
     local times
     for times in 1 2 3; do
         hunt_with "$BUG"
-        ((failed > 0)) || because "your test passes on the broken kv, in run $times of 3" || return 1
+        ((failed > 0)) || because "your test passes on the broken kv, in run $times of 3: what has to happen before the fault shows?" || return 1
     done
 }

@@ -4,7 +4,7 @@
 # level: 2
 # lines: 24
 # minutes: 90
-# task: Build SETRANGE key offset value: it writes the value over that of the key from byte offset on, which may make that longer, and replies the new length. Gaps become zero bytes. No value may become longer than --max-request.
+# task: Build SETRANGE key offset value: it writes the value over that of the key from byte offset on, which may make that longer, and replies the new length. Gaps become zero bytes. The key keeps its deadline. To write no bytes changes nothing and makes no key. An offset below 0 gets ERR offset is out of range. No value may become longer than --max-request.
 #
 # SC2030, SC2031: bats runs each test as a process. SC2154: common.bash sets it.
 # shellcheck disable=SC2030,SC2031,SC2154
