@@ -1016,7 +1016,7 @@ every_byte() { # FORMAT: prints it with each number from 0 to 255
         '.*"\(nosuch".*' '.*"".*'
 }
 
-# bats test_tags=words
+# bats test_tags=commands
 @test "a word of 64 bytes is repeated whole, one of 65 is cut" {
     start_kv
     ask "$(x 64)" "$(x 65)" | is "(error) ERR unknown command '$(x 64)', see HELP" \

@@ -6,7 +6,8 @@
 # minutes: 180
 # task: Write tests in bats that pass with every correct kv, each time, and fail with as many as possible of ten mutants: kv with one promise broken. You have one point for each mutant that your tests catch; seven are enough.
 #
-#     HUNT=my.bats KV=./kv bats doc/exercises/kill-mutants.bats      a line for each mutant: caught or alive
+#     make check EX=kill-mutants                                     a line for each mutant: caught or alive
+#     HUNT=my.bats KV=./kv bats doc/exercises/kill-mutants.bats      the same with another file
 #     SEED=2 HUNT=...                                                ten others, for another class
 #
 # HUNT names the file with the tests. kv.c and the mutants are built here: KV is not used. Each program is
@@ -27,6 +28,7 @@ export BATS_TEST_TIMEOUT=300
 
 setup_file() {
     export built=$BATS_FILE_TMPDIR repo=$BATS_TEST_DIRNAME/../..
+    export HUNT=${HUNT:-$repo/kv-exercise/kill-mutants.bats}
     unset MAKEFLAGS MAKELEVEL CFLAGS SANITIZER
     build_all plain asan harmless
 }
@@ -72,6 +74,7 @@ tell() { echo "# $*" >&3; } # SENTENCE
 # writes to $tmp/n how many tests there are, how many are skipped and how many fail.
 judge_all() { # NAME...
     local n=0 name
+    [[ -e $HUNT ]] || because "there is no $HUNT: make start EX=kill-mutants makes one to begin with" || return
     for name; do
         n=$((n + 1))
         echo "$n $name"
@@ -100,6 +103,10 @@ judge() { # N NAME: the program gets a path of its own, made at random
 
 @test "seven of ten mutants are caught" {
     local n caught=0 ten class
+    if ! compgen -G "$repo/doc/mutants/*.patch" >/dev/null; then
+        tell "Your teacher has the mutants. Here your tests can be tried with correct servers only."
+        return
+    fi
     mapfile -t ten < <(mutants)
     build_all "${ten[@]}"
     judge_all "${ten[@]}" harmless
