@@ -1401,7 +1401,7 @@ end_trace() {
 
 # In one shard there are ten pairs of 300,000 whose hashes are the same 32 bits, on average; there is none
 # once in 30,000 times.
-# bats test_tags=table
+# bats test_tags=shards
 @test "keys that are equally long and have the same hash are different keys" {
     start_kv -s 1
     n=$((300000 / part))
