@@ -350,6 +350,7 @@ struct conn {
     int wrong_passwords;
     size_t max_bytes, max_words; /* of a request */
     const char *closing;         /* why to close once the replies are sent; NULL: go on */
+    bool refuses;                /* runs nothing more: see cmd_transaction */
     struct buf in;               /* what was read */
     size_t pos;                  /* offset in in.p of the next request */
     size_t scanned;              /* bytes from pos on in which no newline was found */
@@ -391,7 +392,8 @@ static bool word_is(struct slice word, const char *name) {
 }
 
 /* Reads a number of 64 bits as strictly as Redis does: no blank, no plus sign, no leading
-   zero, no overflow. INT64_MIN is one further from 0 than INT64_MAX. */
+   zero, no overflow. INT64_MIN is one further from 0 than INT64_MAX. (Unsigned numbers
+   wrap around, so 0 - sum has the bits of the negative number.) */
 static bool parse_int(struct slice s, int64_t *n) {
     bool minus = s.len > 0 && s.p[0] == '-';
     size_t start = minus ? 1 : 0, digits = s.len - start;
@@ -471,7 +473,7 @@ static char *unescape(char *from, char *end, char *to) {
 
 /* quoted = "'" { byte } "'" | '"' { byte | escape } '"'
    Adds the quoted word at *at to argv, and moves *at behind it. The word is decoded in
-   place, for an escape is longer than its byte. */
+   place, because an escape is longer than its byte. */
 static enum outcome take_quoted(struct conn *c, char **at, char *end) {
     char mark = **at, *start = *at + 1;
     char *from = start, *to = start;
@@ -527,7 +529,8 @@ static enum outcome take_line(struct conn *c) {
 /* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } ------------- */
 
 /* Reads the number of a header, which begins at *at with a type byte, and moves *at
-   behind it. If no line end comes within LONGEST bytes, the header is wrong. */
+   behind it. If no line end comes within LONGEST bytes, the header is wrong. (If one
+   comes, but late, parse_int finds too many digits.) */
 static enum outcome read_header(char **at, char *end, int64_t *n) {
     enum { LONGEST = 32 };
     char *digits = *at + 1;
@@ -551,7 +554,8 @@ static enum outcome take_string(struct conn *c, char **at, char *end, int64_t ro
     if (header == INCOMPLETE) return INCOMPLETE;
     if (header == WRONG || len < 0)
         return refuse(c, "ERR Protocol error: invalid bulk length");
-    if (len > room - (*at - start) - 2) return refuse_long(c); /* 2: for CRLF */
+    int64_t header_len = *at - start;
+    if (len > room - header_len - 2) return refuse_long(c); /* 2: CRLF */
     char *string = *at;
     if (end - string < len + 2) return INCOMPLETE;
     *at = string + len + 2;
@@ -728,9 +732,9 @@ static const uint64_t checksum_key[2] = {0, 0};
 
 static uint64_t rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
 
-/* Eight bytes as a number, the lowest byte first whatever the machine's own order, for
-   the checksum goes into a file. It is written out because compilers turn this into one
-   load, but often not a loop. */
+/* Eight bytes as a number, the lowest byte first whatever the machine's own order: the
+   checksum goes into a file, which another machine may read. The shifts are written out
+   because compilers turn these lines into one load, but often not a loop. */
 static uint64_t load_word(const unsigned char *p) {
     uint64_t word = p[0];
     word |= (uint64_t)p[1] << 8;
@@ -896,7 +900,7 @@ static bool table_reserve(struct table *t) {
     if (t->count >= t->size) table_grow(t);
     if (t->heap_len == t->heap_room) {
         size_t room = t->heap_room > 0 ? 2 * t->heap_room : 16;
-        /* One more, for heap[0] is not used. */
+        /* One more, because heap[0] is not used. */
         struct deadline *heap = realloc(t->heap, (room + 1) * sizeof *heap);
         if (!heap) return false;
         t->heap = heap;
@@ -971,8 +975,9 @@ static void heap_down(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its slot, and moves
-   up or down from there, to where it belongs. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its slot. It comes
+   from another branch of the heap: so it may be sooner than its new parent, and moves up,
+   or later than a new child, and moves down. */
 static void deadline_clear(struct table *t, struct entry *e) {
     size_t slot = e->slot;
     if (slot == 0) return;
@@ -981,11 +986,12 @@ static void deadline_clear(struct table *t, struct entry *e) {
     e->slot = 0;
     if (last.entry == e) return;
     heap_up(t, slot, last);
-    heap_down(t, last.entry->slot, last); /* moves it only if heap_up did not */
+    /* If it moved up, all that is below it now is later, and it stays. */
+    heap_down(t, last.entry->slot, last);
 }
 
-/* Gives e a deadline in place of the one it has; NEVER: none. table_reserve comes first.
-   */
+/* Gives e a deadline in place of the one it has, or none if it is NEVER. table_reserve
+   comes first. */
 static void deadline_set(struct table *t, struct entry *e, int64_t when) {
     deadline_clear(t, e);
     if (when == NEVER) return;
@@ -1139,7 +1145,8 @@ static bool move_deadline(struct conn *c, int64_t deadline) {
     return true;
 }
 
-/* Notes the last record about a shard: a reply may depend on it. */
+/* Notes the last record about a shard: the reply may depend on it. It may be about a
+   change by this connection itself, which has just been appended. */
 static void note_seen(struct conn *c, const struct shard *s) {
     if (c->seen < s->appended) c->seen = s->appended;
 }
@@ -1197,6 +1204,7 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
                            int64_t min, int64_t *deadline) {
     int64_t n;
     if (!parse_int(word, &n)) return fail(c, NOT_AN_INTEGER);
+    /* Within these bounds neither n * unit nor the sum can overflow. */
     if (n < min || n < INT64_MIN / unit || n > (INT64_MAX - base) / unit)
         return fail(c, "ERR invalid expire time in '%s' command",
                     lower_name(c->cmd).text);
@@ -1344,7 +1352,8 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 /* --- All keys ----------------------------------------------------------------------- */
 
 /* Whether b is in the class at *at, which moves behind it. As in Redis, a range may be
-   written either way round, [a-z] or [z-a], and any byte may end it, also a ].
+   written either way round, [a-z] or [z-a]. Any byte may end it: in [a-]] the first ]
+   does. An escaped byte does not begin one: [\a-z] has three bytes, a, - and z.
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1387,8 +1396,10 @@ static bool match_item(const char **at, const char *end, char b) {
          b      3: a    no: back to star 2, which takes xa; go on at 4
          b      4: b    yes: the end of both
 
-   It never has to go back to an earlier star (Russ Cox, "Glob Matching Can Be Simple And
-   Fast Too", 2017, shows why).
+   It never has to go back to an earlier star. If that took more, the items between the
+   stars would match later in s. But all that can match behind them then, the last star
+   reaches as well, by taking more. (Russ Cox, "Glob Matching Can Be Simple And Fast Too",
+   2017.)
 
    star_i only grows, so the search goes back at most s.len times, for at most pattern.len
    steps each. With megabytes of both that takes minutes. So once the server gives up, it
@@ -1419,8 +1430,8 @@ static bool glob_match(struct slice pattern, struct slice s) {
     return p == end;
 }
 
-/* Adds the keys of a shard to keys, for each its length and then its bytes. The shard
-   is locked only while they are copied: to match and quote them takes longer. */
+/* Adds the keys of a shard to keys: of each its length, then its bytes. The shard is
+   locked only while they are copied, because to match and quote them takes longer. */
 static void copy_keys(struct conn *c, struct shard *s, struct buf *keys) {
     const struct table *t = &s->table;
     pthread_mutex_lock(&s->lock);
@@ -1486,7 +1497,7 @@ static bool cmd_dbsize(struct conn *c) {
 
 /* FLUSHALL and FLUSHDB: all keys go at one moment. No shard is unlocked before all are
    locked, and each is empty when it is unlocked, so nobody sees an old key after an empty
-   shard. The memory is freed afterwards, for that takes long. */
+   shard. The memory is freed afterwards, because that takes long. */
 static bool cmd_flush(struct conn *c) {
     struct slice record[] = {str("FLUSHALL")};
     if (c->argc > 1) return fail(c, "ERR syntax error");
@@ -1540,9 +1551,11 @@ static bool cmd_http(struct conn *c) {
 }
 
 /* If the connection went on, the commands inside the transaction would be run one by one
-   while the client believes that none was. */
+   while the client believes that none was. A library has sent them already, and reads a
+   reply to each before it reports an error. So in RESP each gets this one. */
 static bool cmd_transaction(struct conn *c) {
-    c->closing = "it wants a transaction";
+    if (c->resp) c->refuses = true;
+    else c->closing = "it wants a transaction";
     return fail(c, "ERR kv has no transactions");
 }
 
@@ -1757,8 +1770,8 @@ static bool cmd_help(struct conn *c);
 
 enum { ANY = MAX_WORDS }; /* as many words as a request may have */
 
-/* The most used first, for a lookup goes from the top. Those without
-   syntax come last. */
+/* The most used come first, because a lookup goes from the top; those without syntax come
+   last. */
 static const struct command commands[] = {
     {"GET", "key", 2, 2, KEY, cmd_get, "the value of a key", "it, or (nil)"},
     {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, KEY | WRITES,
@@ -1850,6 +1863,7 @@ static bool aof_is_broken(void);
 /* Runs the request in argv. Returns what the reply returned. */
 static bool run_request(struct conn *c) {
     const struct command *cmd = c->cmd = find_command(c->argv[0]);
+    if (c->refuses) return cmd_transaction(c);
     if (!cmd) return fail_unknown(c, c->argv[0]);
     if (c->argc < cmd->min_words || c->argc > cmd->max_words)
         return fail(c, "ERR wrong number of arguments for '%s' command: %s %s",
@@ -1899,11 +1913,11 @@ static void replace_replies(struct conn *c) {
    has taken them, up to --timeout. Sets closing on failure.
 
    Where the file cannot be written there are two cases. If one of the requests writes,
-   all replies become MISCONF, for nobody knows which bytes of c->out are its reply. (The
-   change stays, others can see it, and its record will be tried again, see section 10. So
-   the reply says neither OK nor that it has failed.) If all requests only read, they are
-   sent as they are, although they may reveal a change that a crash now would undo: a full
-   disk is no reason to stop reading. */
+   all replies become MISCONF, because nobody knows which bytes of c->out are its reply.
+   (The change stays, others can see it, and its record will be tried again, see section
+   10. So the reply says neither OK nor that it has failed.) If all requests only read,
+   the replies are sent as they are, although they may reveal a change that a crash now
+   would undo: a full disk is no reason to stop reading. */
 static void send_replies(struct conn *c) {
     if (!aof_commit(c) && c->writes) replace_replies(c);
     if (c->out.failed) c->closing = "out of memory"; /* half a reply is worse than none */
@@ -1954,15 +1968,15 @@ static void read_more(struct conn *c) {
     if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* A read that fills the buffer has probably left more. So the next one gets more
+    /* A read that fills the buffer has probably left more. So the next one gets twice the
        room, up to IO_CHUNK; only for a long request buf_reserve above makes still more.
        (If there is no memory for that, the next one closes the connection.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
-/* Runs all requests that have arrived in full. Sends replies in between when IO_CHUNK
-   bytes have gathered, in out and for the append-only file together: so both are
-   bounded. */
+/* Runs all requests that have arrived in full. Sends replies in between: whenever the
+   replies and what was recorded for the append-only file are IO_CHUNK bytes together, so
+   that both are bounded. */
 static void run_requests(struct conn *c, const char *client) {
     while (stopping != GIVING_UP && next_request(c)) {
         if (c->argc > 0) {
@@ -1974,19 +1988,20 @@ static void run_requests(struct conn *c, const char *client) {
         }
         if (c->out.len + c->recorded >= IO_CHUNK) send_replies(c);
     }
+    if (c->refuses) c->closing = "it wants a transaction";
 }
 
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and replies that are on the way are
-   lost. So this ends only our side first, and reads until the client closes its side, has
-   been silent for ms, or has gone on sending for ms. */
-static void hang_up(int fd, int ms) {
+   lost. So this ends only our side first. Then it reads until the client closes its side,
+   sends nothing for wait ms, or has sent for wait ms. */
+static void hang_up(int fd, int wait) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
-    int64_t end = monotonic_us() + 1000 * (int64_t)ms;
+    int64_t end = monotonic_us() + 1000 * (int64_t)wait;
     bool open = shutdown(fd, SHUT_WR) == 0;
     do {
-        int ready = poll(&input, 1, ms);
+        int ready = poll(&input, 1, wait);
         if (ready == 0) break;
         if (ready > 0) open = recv(fd, unread, sizeof unread, MSG_DONTWAIT) > 0;
     } while (open && monotonic_us() < end);
@@ -2022,7 +2037,7 @@ static void *conn_main(void *arg) {
 
 /* The file is a sequence of batches. A batch is records, each a RESP array, and a line
    with the checksum of their bytes. The first batch has no records: its line says that
-   the file is kv's. All this can be sent to another kv as it is, for a record is a
+   the file is kv's. All this can be sent to another kv as it is, because a record is a
    request, and a checksum line is a comment of the text protocol: tail -F FILE | nc keeps
    a copy.
 
@@ -2038,11 +2053,13 @@ static void *conn_main(void *arg) {
    done, both are woken. B is first: it becomes the writer, and writes for C, too. So many
    records share a write and an fsync.
 
-   When the file cannot be written, for example on a full disk, broken is set. Threads
-   that wait for their records get MISCONF, and what would write is refused (run_request).
-   What only reads is served (send_replies). The records stay in batch and gathered. Now
-   only the expiry thread writes: each second it tries again, first batch, then gathered
-   (aof_write_all). When that succeeds, broken is cleared. */
+   Say the disk becomes full while the writer writes a batch, records 5 to 7, and record 8
+   has gathered meanwhile. The writer sets broken, and is done. The threads that wait for
+   records 5 to 8 reply MISCONF (send_replies). While broken is set, requests that would
+   write are refused (run_request), and those that only read are served. Only the expiry
+   thread still tries to write, once a second (aof_write_all). It begins with the rest of
+   the batch. Once that is in the file, safe is 7 and broken is cleared; then it writes
+   record 8 as the next batch. */
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
@@ -2054,13 +2071,13 @@ static struct {
 
     /* For the writer alone. (Each writer takes the lock before and after, so it sees them
        as the last one left them.) */
-    struct buf batch;   /* being written, or the one that failed; else empty */
+    struct buf batch;   /* being written, or not written in full; else empty */
     size_t written;     /* so many of its bytes are in the file */
     uint64_t batch_end; /* its last record */
 
     /* Read at any time, changed only with the lock: */
     atomic_uint_fast64_t safe; /* the last record that is safe, see section 8 */
-    atomic_bool broken;        /* the last write has failed */
+    atomic_bool broken;        /* batch could not be written in full */
 } aof = {
     .fd = -1,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -2125,18 +2142,13 @@ static bool sync_file(int fd) {
     return true;
 }
 
-/* Makes the gathered records, at least one, the next batch. add_record has made room for
-   the checksum line. The writer calls this without the lock. */
+/* Makes the gathered records the next batch. Called with the lock. */
 static void take_batch(void) {
-    struct buf *b = &aof.batch;
-    struct buf empty = *b; /* it has no bytes, but memory for the next records */
-    pthread_mutex_lock(&aof.lock);
-    *b = aof.gathered;
+    struct buf empty = aof.batch; /* it has no bytes, but memory for the next records */
+    aof.batch = aof.gathered;
     aof.batch_end = aof.end;
-    aof.gathered = empty;
-    pthread_mutex_unlock(&aof.lock);
     aof.written = 0;
-    end_batch(b);
+    aof.gathered = empty;
 }
 
 /* Writes the rest of b to fd: *written bytes of it were written before. Adds to *written
@@ -2150,14 +2162,12 @@ static bool write_rest(int fd, const struct buf *b, size_t *written) {
     return true;
 }
 
-/* Finishes the last batch, if it could not be written in full, else writes the next one.
-   With --fsync always waits for the disk. The writer calls this without the lock. Returns
-   false when writing fails; the next call goes on where it stopped. A failed fsync ends
-   the program: the system may have dropped what it could not write, and then the next
-   fsync would succeed without it. */
+/* Writes the batch, or what is left of it. With --fsync always waits for the disk. The
+   writer calls this without the lock. Returns false when writing fails; the next call
+   goes on where it stopped. A failed fsync ends the program: the system may have dropped
+   what it could not write, and then the next fsync would succeed without it. */
 static bool write_batch(void) {
     struct buf *b = &aof.batch;
-    if (b->len == 0) take_batch();
     bool ok = write_rest(aof.fd, b, &aof.written);
     if (!ok && !aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
     if (!ok) return false;
@@ -2168,13 +2178,16 @@ static bool write_batch(void) {
     return true;
 }
 
-/* Makes this thread the writer, for one batch. Returns false when writing fails. Called
-   with the lock, which is released meanwhile, and only if there is no writer and a record
-   is not safe. Where is that record? In batch, if the last write has failed, else in
-   gathered: write_batch finds it in both cases. */
+/* Makes this thread the writer, for one batch: the one that is not written in full, if
+   there is one, else a new one. Returns false when writing fails. Called with the lock,
+   which is released meanwhile, and only if there is no writer and a record is not safe:
+   so that record is in batch, or it has gathered. */
 static bool be_writer(void) {
+    bool is_new = aof.batch.len == 0;
+    if (is_new) take_batch();
     aof.has_writer = true;
     pthread_mutex_unlock(&aof.lock);
+    if (is_new) end_batch(&aof.batch);
     bool ok = write_batch();
     pthread_mutex_lock(&aof.lock);
     if (ok) aof.safe = aof.batch_end;
@@ -2184,7 +2197,8 @@ static bool be_writer(void) {
     return ok;
 }
 
-/* Waits until the records that c has seen are safe. Returns false when writing fails.
+/* Waits until the records that c has seen are safe: while another thread is the writer,
+   this one waits; if none is, it becomes the writer. Returns false when writing fails.
    Each thread first lets others run: they append their records, so that more share a
    write. */
 static bool aof_commit(struct conn *c) {
@@ -2200,8 +2214,8 @@ static bool aof_commit(struct conn *c) {
     return aof.safe >= c->seen;
 }
 
-/* Writes all records that there are now, also when broken is set: then it tries again.
-   Returns false when writing fails. */
+/* Writes all records that there are now. Unlike aof_commit, it does so also while broken
+   is set: that is how a failed write is tried again. Returns false when writing fails. */
 static bool aof_write_all(void) {
     bool ok = true;
     pthread_mutex_lock(&aof.lock);
@@ -2333,7 +2347,7 @@ static size_t replay(struct slice file) {
 /* Replays the file that is open as fd, and returns how many of its size bytes are
    good. */
 static size_t replay_file(int fd, size_t size, const char *header) {
-    /* One byte more, for mmap refuses 0. */
+    /* One byte more, because mmap refuses 0. */
     char *p = mmap(NULL, size + 1, PROT_READ, MAP_PRIVATE, fd, 0);
     if (p == MAP_FAILED) die_of_aof("read");
     if (memcmp(p, header, size < SUM_LINE ? size : SUM_LINE) != 0)
@@ -2396,7 +2410,7 @@ static bool write_tables(int fd) {
             ok = ok && stopping == SERVING && write_batch_to(fd, &b);
         }
     }
-    ok = ok && write_batch_to(fd, &b) && sync_file(fd);
+    ok = ok && write_batch_to(fd, &b) && sync_file(fd); /* b may be empty: no harm */
     free(b.p);
     return ok;
 }
@@ -2425,8 +2439,8 @@ static int write_compact(const char *name, const char *path, const struct stat *
 
 /* Compacts the file at path, open as fd, if it holds more than two records for each key.
    path has no symbolic links, so the rename replaces the file, not a link. Returns the
-   descriptor of the file that serves: the old one if it cannot be replaced, for that is
-   no reason not to start. A crash leaves the old file or the new one, whole. */
+   descriptor of the file that serves: the old one if it cannot be replaced, because that
+   is no reason not to start. A crash leaves the old file or the new one, whole. */
 static int compact(const char *path, int fd) {
     char name[PATH_MAX + 16];
     struct stat st;
@@ -2461,7 +2475,7 @@ static int open_and_lock(char *path) {
            and closes the old one, which ends the lock of that one;
          this kv locks the old one, which has no name any more.
        So this kv looks whether the name still leads to the file that it has locked. If
-       so, no other can replace it any more. */
+       so, it stays so: another kv compacts a file only while it has its lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2544,7 +2558,7 @@ static void refuse_client(int fd, const char *why) {
 }
 
 /* Accepts a client and starts its thread. Where the system has no descriptor or no memory
-   the client waits, and this function sleeps 10 ms, for poll would return at once. */
+   the client waits, and this function sleeps 10 ms, because poll would return at once. */
 static void accept_client(int listener, const pthread_attr_t *attributes) {
     static atomic_llong logged;
     pthread_t id;
@@ -2707,9 +2721,9 @@ static void wait_for_threads(int64_t ms) {
      SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
                        now.
 
-   The price: hang_up reads until recv returns 0, for that means that the client has
-   closed. Now it gets 0 at once. If the client still sends then, its connection is reset,
-   and it may miss the last replies. */
+   The price: after SHUT_RD, recv returns 0 also in hang_up, although the client has not
+   closed its side. So hang_up does not wait for that. If the client sends something
+   later, its connection is reset, and it may miss the last replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
