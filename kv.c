@@ -27,8 +27,8 @@
  * their numbers), and inside it, for a moment, the lock of the append-only file's buffer.
  * No thread reads, sends, writes or sleeps while it holds one of these. The log on stderr
  * has a lock of its own, which is held for one line. All else that threads share is
- * atomic, or set before they start. pthread_mutex_lock fails only where it is misused, so
- * its result is not checked.
+ * atomic, set before they start, or used by one thread at a time (see section 10).
+ * pthread_mutex_lock fails only where it is misused, so its result is not checked.
  *
  * The sections build on each other. Each has a chapter of its number in doc/:
  *   1 Options and log   2 Buffers   3 Requests   4 Replies       5 Hashing   6 The table
@@ -473,7 +473,7 @@ static char *unescape(char *from, char *end, char *to) {
 
 /* quoted = "'" { byte } "'" | '"' { byte | escape } '"'
    Adds the quoted word at *at to argv, and moves *at behind it. The word is decoded in
-   place, because an escape is longer than its byte. */
+   place, which is possible because an escape is longer than its byte. */
 static enum outcome take_quoted(struct conn *c, char **at, char *end) {
     char mark = **at, *start = *at + 1;
     char *from = start, *to = start;
@@ -529,8 +529,8 @@ static enum outcome take_line(struct conn *c) {
 /* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } ------------- */
 
 /* Reads the number of a header, which begins at *at with a type byte, and moves *at
-   behind it. If no line end comes within LONGEST bytes, the header is wrong. (If one
-   comes, but late, parse_int finds too many digits.) */
+   behind it. If no line end comes within LONGEST bytes, the header is wrong. (A number
+   that is too long has too many digits for parse_int.) */
 static enum outcome read_header(char **at, char *end, int64_t *n) {
     enum { LONGEST = 32 };
     char *digits = *at + 1;
@@ -975,9 +975,8 @@ static void heap_down(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its slot. It comes
-   from another branch of the heap: so it may be sooner than its new parent, and moves up,
-   or later than a new child, and moves down. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its slot. If that is
+   sooner than its new parent, it moves up from there, else down, as far as it has to. */
 static void deadline_clear(struct table *t, struct entry *e) {
     size_t slot = e->slot;
     if (slot == 0) return;
@@ -985,9 +984,9 @@ static void deadline_clear(struct table *t, struct entry *e) {
     t->heap_len--;
     e->slot = 0;
     if (last.entry == e) return;
-    heap_up(t, slot, last);
-    /* If it moved up, all that is below it now is later, and it stays. */
-    heap_down(t, last.entry->slot, last);
+    bool is_sooner = slot > 1 && last.when < t->heap[slot / 2].when;
+    if (is_sooner) heap_up(t, slot, last);
+    else heap_down(t, slot, last);
 }
 
 /* Gives e a deadline in place of the one it has, or none if it is NEVER. table_reserve
@@ -1044,8 +1043,8 @@ static void *expiry_main(void *unused) {
         for (long i = 0; i < opt.shards; i++) {
             if (expire_some(&shards[i])) more = true;
         }
-        /* Sleep even if there is more. With one shard this thread would otherwise mostly
-           get its lock again before any thread that waits for it. */
+        /* Sleep even if there is more. Else, with one shard, this thread would lock it
+           again before a thread that waits for the lock gets it. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1081,7 +1080,7 @@ struct command {
    it reveals must be safe, also when another client wrote them: if B reads what A has
    stored, and a crash then undoes it, B knows something that never was.
 
-   A shard keeps the number of its last record, and a connection the highest number that
+   A shard keeps the number of its last record. A connection keeps the highest number that
    it has seen in a shard, also from its own changes. (Records become safe in order: with
    the highest, all others are safe.) Say A's SET becomes record 7: its shard's appended
    is 7. B gets the key: B's seen is 7, and aof_commit has B's reply wait until 7 is safe.
@@ -1263,7 +1262,7 @@ static bool cmd_set(struct conn *c) {
 }
 
 /* DEL and EXISTS have no KEY in their rows: they lock their keys themselves, one
-   after the other. If memory runs out, DEL has removed the first of them. */
+   after the other. If memory runs out for one, DEL has removed those before it. */
 static bool cmd_del(struct conn *c) {
     int64_t n = 0;
     bool ok = true;
@@ -1352,8 +1351,9 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 /* --- All keys ----------------------------------------------------------------------- */
 
 /* Whether b is in the class at *at, which moves behind it. As in Redis, a range may be
-   written either way round, [a-z] or [z-a]. Any byte may end it: in [a-]] the first ]
-   does. An escaped byte does not begin one: [\a-z] has three bytes, a, - and z.
+   written either way round, [a-z] or [z-a]. Its last byte may be any, even a ]: [a-]] is
+   the range from a to ], and the second ] closes the class. An escaped byte does not
+   begin a range: [\a-z] is one of the bytes a, - and z.
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1396,10 +1396,9 @@ static bool match_item(const char **at, const char *end, char b) {
          b      3: a    no: back to star 2, which takes xa; go on at 4
          b      4: b    yes: the end of both
 
-   It never has to go back to an earlier star. If that took more, the items between the
-   stars would match later in s. But all that can match behind them then, the last star
-   reaches as well, by taking more. (Russ Cox, "Glob Matching Can Be Simple And Fast Too",
-   2017.)
+   It never has to go back to an earlier star. If star 1 took more, a would match later,
+   and star 2 would begin later. But star 2 gets there itself, by taking more. (Russ Cox,
+   "Glob Matching Can Be Simple And Fast Too", 2017.)
 
    star_i only grows, so the search goes back at most s.len times, for at most pattern.len
    steps each. With megabytes of both that takes minutes. So once the server gives up, it
@@ -1496,8 +1495,8 @@ static bool cmd_dbsize(struct conn *c) {
 }
 
 /* FLUSHALL and FLUSHDB: all keys go at one moment. No shard is unlocked before all are
-   locked, and each is empty when it is unlocked, so nobody sees an old key after an empty
-   shard. The memory is freed afterwards, because that takes long. */
+   locked, and each is empty when it is unlocked. So nobody sees an empty shard, and then
+   an old key in another. The memory is freed afterwards, because that takes long. */
 static bool cmd_flush(struct conn *c) {
     struct slice record[] = {str("FLUSHALL")};
     if (c->argc > 1) return fail(c, "ERR syntax error");
@@ -1540,8 +1539,8 @@ static bool cmd_quit(struct conn *c) {
     return reply_status(c, "OK");
 }
 
-/* POST and Host: come from a web browser that somebody has tricked into talking to kv.
-   What it sends may hold commands, so nothing that follows is run. */
+/* Lines that begin with "POST" or "Host:" come from a web browser that somebody has
+   tricked into talking to kv. The next lines may be commands, so none of them is run. */
 static bool cmd_http(struct conn *c) {
     static atomic_llong logged;
     c->closing = "it speaks HTTP";
@@ -1551,8 +1550,10 @@ static bool cmd_http(struct conn *c) {
 }
 
 /* If the connection went on, the commands inside the transaction would be run one by one
-   while the client believes that none was. A library has sent them already, and reads a
-   reply to each before it reports an error. So in RESP each gets this one. */
+   while the client believes that none was. So a text connection is closed at once. With
+   RESP, all requests that have arrived get this error first (run_request), and then the
+   connection is closed (run_requests): a library sends a transaction as a whole, and can
+   report the error only after it has read a reply to each request. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->refuses = true;
     else c->closing = "it wants a transaction";
@@ -1569,7 +1570,7 @@ static bool is_password(struct slice word) {
     bool ok = word.len == len;
     for (size_t i = 0; i < word.len; i++)
         if (word.p[i] != password[i % sizeof password])
-            ok = false; /* %: word may be longer */
+            ok = false; /* %: word may be longer than password */
     return ok;
 }
 
@@ -1938,8 +1939,8 @@ static void send_replies(struct conn *c) {
 }
 
 /* There is no more input. All requests that had arrived in full were run before this
-   read. If the client ended the input, and not our own shutdown, this tells it about a
-   line that has no end. */
+   read. If it was the client that ended the input, not our own shutdown, the client is
+   told about a line that has no end. */
 static void end_input(struct conn *c) {
     c->closing = "end of input";
     bool is_half_line = c->in.len > 0 && c->in.p[0] != '*';
@@ -1968,9 +1969,9 @@ static void read_more(struct conn *c) {
     if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* A read that fills the buffer has probably left more. So the next one gets twice the
-       room, up to IO_CHUNK; only for a long request buf_reserve above makes still more.
-       (If there is no memory for that, the next one closes the connection.) */
+    /* A read that fills the buffer has probably left more. So the buffer is doubled for
+       the next read, up to IO_CHUNK. (It grows further, above, for a long request. If
+       there is no memory here, the next call sees that, and closes the connection.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
@@ -1988,13 +1989,15 @@ static void run_requests(struct conn *c, const char *client) {
         }
         if (c->out.len + c->recorded >= IO_CHUNK) send_replies(c);
     }
+    /* Requests that arrive later get no reply. */
     if (c->refuses) c->closing = "it wants a transaction";
 }
 
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
-   comes later, the system resets the connection, and replies that are on the way are
-   lost. So this ends only our side first. Then it reads until the client closes its side,
-   sends nothing for wait ms, or has sent for wait ms. */
+   comes later, the system resets the connection, and the client's system may throw away
+   replies that the client has not read yet. So this ends only our side first. Then it
+   reads until the client closes its side, or is silent for wait ms, or goes on sending
+   after wait ms. */
 static void hang_up(int fd, int wait) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
@@ -2095,7 +2098,7 @@ static void format_sum_line(char *to, struct slice bytes) {
 
 /* Adds a record of n words to b, and makes room for a checksum line, so that this line
    cannot fail later. Returns false when memory is out, also for one of the words: then
-   half a record is cut off again. */
+   half a record is cut off again. (b keeps its room for the line of earlier records.) */
 static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     size_t old_len = b->len;
     buf_add_header(b, '*', n);
@@ -2117,7 +2120,8 @@ static void end_batch(struct buf *b) {
 }
 
 /* Called with the lock of the shard that the record is about, or all. If memory is out,
-   nothing is appended. */
+   nothing is appended. (While broken is set, a few more records may come, from requests
+   that run_request had let through before.) */
 static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
     if (aof.fd < 0) return true;
     pthread_mutex_lock(&aof.lock);
@@ -2180,8 +2184,8 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
    there is one, else a new one. Returns false when writing fails. Called with the lock,
-   which is released meanwhile, and only if there is no writer and a record is not safe:
-   so that record is in batch, or it has gathered. */
+   which is released meanwhile. There is no writer, and a record is not safe. So if a new
+   batch is taken, it has a record, and with it the room for the checksum line. */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2199,8 +2203,8 @@ static bool be_writer(void) {
 
 /* Waits until the records that c has seen are safe: while another thread is the writer,
    this one waits; if none is, it becomes the writer. Returns false when writing fails.
-   Each thread first lets others run: they append their records, so that more share a
-   write. */
+   First it lets other threads run, if some are ready and have no processor: they append
+   their records, so that more share a write. */
 static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
@@ -2260,7 +2264,8 @@ static bool is_sum_line(const char *p, const char *end) {
 
      torn, but called damaged: a value in the torn part contains such a line
      torn, but called damaged: power failed when the system had written a later part of
-                               the file to the disk, and not yet an earlier one
+                               the file to the disk, and not yet an earlier one:
+                               ... batch #SUM 000000000 #SUM
      damaged, but called torn: the last line of the file, a checksum line, has changed:
                                ... batch #SUM batch #S?M
 
@@ -2295,7 +2300,7 @@ static void replay_record(struct conn *c) {
     size_t at = c->pos;
     c->argc = c->out.len = 0;
     bool ok = take_array(c) == COMPLETE && c->argc > 0 && run_request(c);
-    aof.end++;
+    aof.end++; /* compact looks how many there are */
     if (c->out.failed) die(1, "%s: at byte %zu: out of memory", opt.aof, at);
     if (!ok) {
         struct slice reply = {c->out.p, c->out.len};
@@ -2474,8 +2479,8 @@ static int open_and_lock(char *path) {
          another kv, which starts, too, compacts: it locks a new file, gives it this name,
            and closes the old one, which ends the lock of that one;
          this kv locks the old one, which has no name any more.
-       So this kv looks whether the name still leads to the file that it has locked. If
-       so, it stays so: another kv compacts a file only while it has its lock. */
+       So this kv looks whether the name still leads to the file that it has locked. If it
+       does, no other kv can replace the file now: for that it would need this lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2719,11 +2724,7 @@ static void wait_for_threads(int64_t ms) {
      GIVING_UP, 0.5 s  A client that sends without a pause still has a thread. It runs
                        nothing more, and only sends the replies to what was run.
      SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
-                       now.
-
-   The price: after SHUT_RD, recv returns 0 also in hang_up, although the client has not
-   closed its side. So hang_up does not wait for that. If the client sends something
-   later, its connection is reset, and it may miss the last replies. */
+                       now. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
