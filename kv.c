@@ -895,7 +895,7 @@ static void table_grow(struct table *t) {
 }
 
 /* Makes room for one entry more and its deadline. Returns false when memory is out. If
-   there is no memory for more buckets alone, the chains get longer instead. */
+   only the buckets cannot be doubled, the chains get longer instead. */
 static bool table_reserve(struct table *t) {
     if (t->count >= t->size) table_grow(t);
     if (t->heap_len == t->heap_room) {
@@ -975,8 +975,9 @@ static void heap_down(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its slot. If that is
-   sooner than its new parent, it moves up from there, else down, as far as it has to. */
+/* Takes e's deadline away, if it has one. The last of the heap takes its slot. It may
+   come from another branch, and be sooner than its new parent: then it moves up, else
+   down, as far as it has to. */
 static void deadline_clear(struct table *t, struct entry *e) {
     size_t slot = e->slot;
     if (slot == 0) return;
@@ -1350,10 +1351,10 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at, which moves behind it. As in Redis, a range may be
-   written either way round, [a-z] or [z-a]. Its last byte may be any, even a ]: [a-]] is
-   the range from a to ], and the second ] closes the class. An escaped byte does not
-   begin a range: [\a-z] is one of the bytes a, - and z.
+/* Whether b is in the class at *at. Moves *at behind the class. A ] ends it, except
+   behind a backslash or as the end of a range: [a-]] is the range from a to ], and then a
+   ] ends the class. As in Redis, a range may be written either way round, [a-z] or [z-a],
+   and an escaped byte does not begin one: [\a-z] is one of the bytes a, - and z.
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1364,7 +1365,7 @@ static bool match_class(const char **at, const char *end, unsigned char b) {
         if (escaped) p++;
         bool is_range = !escaped && end - p > 2 && p[1] == '-';
         unsigned char first = (unsigned char)p[0];
-        unsigned char last = (unsigned char)p[is_range ? 2 : 0];
+        unsigned char last = (unsigned char)p[is_range ? 2 : 0]; /* one byte: first */
         if (first <= b && b <= last) match = true;
         if (last <= b && b <= first) match = true;
         p += is_range ? 3 : 1;
@@ -1373,7 +1374,7 @@ static bool match_class(const char **at, const char *end, unsigned char b) {
     return match != negate;
 }
 
-/* Whether byte b matches the item of a pattern at *at, which moves behind it.
+/* Whether byte b matches the item of a pattern at *at. Moves *at behind the item.
    item = "?" | class | "\" byte | byte */
 static bool match_item(const char **at, const char *end, char b) {
     if (**at == '[') return match_class(at, end, (unsigned char)b);
@@ -1383,49 +1384,50 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. A star takes nothing at first. On a mismatch the
-   search goes back to the last star, which takes one byte more. *a*b and xaxab, for
-   example:
+/* Whether s matches a glob pattern. Stars divide the pattern into pieces. The piece
+   behind a star is tried at one place of s after the other. The first place where it
+   matches is taken: it leaves more of s for the other pieces than any later one. So it
+   never helps to go back to an earlier star. (Russ Cox, "Glob Matching Can Be Simple And
+   Fast Too", 2017.) "*a*b" and "xaxab", for example:
 
         item    byte
-         *              star 1 takes nothing
-         a      0: x    no: back to star 1, which takes x; go on at 1
+         *              the piece "a" begins at 0 or later
+         a      0: x    no: try it at 1
          a      1: a    yes
-         *              star 2 takes nothing
-         b      2: x    no: back to star 2, which takes x; go on at 3
-         b      3: a    no: back to star 2, which takes xa; go on at 4
+         *              the piece "b" begins at 2 or later
+         b      2: x    no: try it at 3
+         b      3: a    no: try it at 4
          b      4: b    yes: the end of both
 
-   It never has to go back to an earlier star. If star 1 took more, a would match later,
-   and star 2 would begin later. But star 2 gets there itself, by taking more. (Russ Cox,
-   "Glob Matching Can Be Simple And Fast Too", 2017.)
+   If the pattern ends before s does, its last piece is tried further on, too.
 
-   star_i only grows, so the search goes back at most s.len times, for at most pattern.len
-   steps each. With megabytes of both that takes minutes. So once the server gives up, it
-   goes back no more: the result may be wrong then, but KEYS does not send it. */
+   from only grows, so all pieces together are tried at most s.len times, each time for at
+   most pattern.len steps. With megabytes of both that takes minutes. So once the server
+   gives up, no other place is tried: the result may be wrong then, but KEYS does not send
+   it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
-    const char *star = NULL; /* what is behind the last star */
-    size_t star_i = 0;       /* where to go on in s, behind what this star takes */
+    const char *piece = NULL; /* the one behind the last star */
+    size_t from = 0;          /* where in s it is tried */
     size_t i = 0;
     while (i < s.len) {
         const char *next = p;
         if (p < end && *p == '*') {
             p++;
-            star = p;
-            star_i = i;
+            piece = p;
+            from = i;
         } else if (p < end && match_item(&next, end, s.p[i])) {
             p = next;
             i++;
-        } else if (star && stopping != GIVING_UP) { /* back to the star */
-            star_i++;
-            p = star;
-            i = star_i;
+        } else if (piece && stopping != GIVING_UP) { /* try the next place */
+            from++;
+            p = piece;
+            i = from;
         } else {
             return false;
         }
     }
-    while (p < end && *p == '*') p++; /* these take nothing */
+    while (p < end && *p == '*') p++; /* s is used up: only stars may be left */
     return p == end;
 }
 
@@ -1563,7 +1565,7 @@ static bool cmd_transaction(struct conn *c) {
 /* The first line of --password-file; empty: nobody needs one. */
 static char password[1024];
 
-/* Takes the same time whichever byte is wrong, so the time tells nothing about the
+/* Takes the same time wherever the word is wrong, so the time tells nothing about the
    password. */
 static bool is_password(struct slice word) {
     size_t len = strlen(password);
@@ -1771,8 +1773,8 @@ static bool cmd_help(struct conn *c);
 
 enum { ANY = MAX_WORDS }; /* as many words as a request may have */
 
-/* The most used come first, because a lookup goes from the top; those without syntax come
-   last. */
+/* The most used come first, because a lookup goes from the top. Those without syntax come
+   last; they take any number of words, so no error shows their syntax. */
 static const struct command commands[] = {
     {"GET", "key", 2, 2, KEY, cmd_get, "the value of a key", "it, or (nil)"},
     {"SET", "key value [NX|XX] [EX s|PX ms|EXAT s|PXAT ms|KEEPTTL]", 3, ANY, KEY | WRITES,
@@ -1881,8 +1883,8 @@ static bool run_request(struct conn *c) {
     return ok;
 }
 
-/* Logs a request, its client and its time, but no words that may be a password. If
-   AUTH was mistyped, the word after it may be a password, too. */
+/* Logs a request, its client and how long it took, but no words that may be a password.
+   If AUTH was mistyped, the word after it may be a password, too. */
 static void log_request(const struct conn *c, const char *client, int64_t us) {
     char line[512], *end = line;
     char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
@@ -1996,15 +1998,15 @@ static void run_requests(struct conn *c, const char *client) {
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and the client's system may throw away
    replies that the client has not read yet. So this ends only our side first. Then it
-   reads until the client closes its side, or is silent for wait ms, or goes on sending
-   after wait ms. */
-static void hang_up(int fd, int wait) {
+   reads until the client closes its side, is silent for ms milliseconds, or still sends
+   after that time. */
+static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
-    int64_t end = monotonic_us() + 1000 * (int64_t)wait;
+    int64_t end = monotonic_us() + 1000 * (int64_t)ms;
     bool open = shutdown(fd, SHUT_WR) == 0;
     do {
-        int ready = poll(&input, 1, wait);
+        int ready = poll(&input, 1, ms);
         if (ready == 0) break;
         if (ready > 0) open = recv(fd, unread, sizeof unread, MSG_DONTWAIT) > 0;
     } while (open && monotonic_us() < end);
@@ -2041,8 +2043,8 @@ static void *conn_main(void *arg) {
 /* The file is a sequence of batches. A batch is records, each a RESP array, and a line
    with the checksum of their bytes. The first batch has no records: its line says that
    the file is kv's. All this can be sent to another kv as it is, because a record is a
-   request, and a checksum line is a comment of the text protocol: tail -F FILE | nc keeps
-   a copy.
+   request, and a checksum line is a comment of the text protocol: tail -c +1 -F FILE | nc
+   keeps a copy.
 
    Threads append records to gathered while they hold a shard's lock, and write what has
    gathered before they reply. Records are counted from 1. One thread at a time is the
@@ -2057,12 +2059,12 @@ static void *conn_main(void *arg) {
    records share a write and an fsync.
 
    Say the disk becomes full while the writer writes a batch, records 5 to 7, and record 8
-   has gathered meanwhile. The writer sets broken, and is done. The threads that wait for
-   records 5 to 8 reply MISCONF (send_replies). While broken is set, requests that would
-   write are refused (run_request), and those that only read are served. Only the expiry
-   thread still tries to write, once a second (aof_write_all). It begins with the rest of
-   the batch. Once that is in the file, safe is 7 and broken is cleared; then it writes
-   record 8 as the next batch. */
+   has gathered meanwhile. The writer sets broken, and is done. Of the threads that wait
+   for records 5 to 8, those that wrote reply MISCONF; those that only read reply as usual
+   (send_replies). While broken is set, requests that would write are refused
+   (run_request). Only the expiry thread still tries to write, once a second
+   (aof_write_all). It begins with the rest of the batch. Once that is in the file, safe
+   is 7 and broken is cleared; then it writes record 8 as the next batch. */
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
@@ -2097,8 +2099,9 @@ static void format_sum_line(char *to, struct slice bytes) {
 }
 
 /* Adds a record of n words to b, and makes room for a checksum line, so that this line
-   cannot fail later. Returns false when memory is out, also for one of the words: then
-   half a record is cut off again. (b keeps its room for the line of earlier records.) */
+   cannot fail later. Returns false when memory is out, maybe after some of the words:
+   then half a record is cut off again. (b never gets smaller, so the room that was made
+   with the record before is still there.) */
 static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     size_t old_len = b->len;
     buf_add_header(b, '*', n);
@@ -2108,7 +2111,8 @@ static bool add_record(struct buf *b, const struct slice *words, size_t n) {
         buf_add_text(b, "\r\n");
     }
     if (buf_reserve(b, SUM_LINE + 1)) return true;
-    *b = (struct buf){b->p, old_len, b->cap, false};
+    b->len = old_len;
+    b->failed = false; /* b is used further */
     return false;
 }
 
@@ -2119,9 +2123,9 @@ static void end_batch(struct buf *b) {
     b->len += SUM_LINE;
 }
 
-/* Called with the lock of the shard that the record is about, or all. If memory is out,
-   nothing is appended. (While broken is set, a few more records may come, from requests
-   that run_request had let through before.) */
+/* Called with the lock of the shard that the record is about, or of all. If memory is
+   out, nothing is appended. (While broken is set, a few more records may come, from
+   requests that run_request had let through before.) */
 static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
     if (aof.fd < 0) return true;
     pthread_mutex_lock(&aof.lock);
@@ -2166,7 +2170,7 @@ static bool write_rest(int fd, const struct buf *b, size_t *written) {
     return true;
 }
 
-/* Writes the batch, or what is left of it. With --fsync always waits for the disk. The
+/* Writes the batch, or what is left of it. With "--fsync always" waits for the disk. The
    writer calls this without the lock. Returns false when writing fails; the next call
    goes on where it stopped. A failed fsync ends the program: the system may have dropped
    what it could not write, and then the next fsync would succeed without it. */
@@ -2184,8 +2188,9 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
    there is one, else a new one. Returns false when writing fails. Called with the lock,
-   which is released meanwhile. There is no writer, and a record is not safe. So if a new
-   batch is taken, it has a record, and with it the room for the checksum line. */
+   which is released meanwhile. The caller has seen that there is no writer, and a record
+   that is not safe. That is in batch or, if batch is empty, in gathered. So a new batch
+   has a record, and the room for a checksum line that came with it. */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2212,7 +2217,7 @@ static bool aof_commit(struct conn *c) {
     pthread_mutex_lock(&aof.lock);
     while (aof.safe < c->seen && !aof.broken) {
         if (aof.has_writer) pthread_cond_wait(&aof.done, &aof.lock);
-        else be_writer();
+        else be_writer(); /* it sets safe, or broken */
     }
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= c->seen;
@@ -2259,8 +2264,9 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   It is torn if nothing from start on looks like a checksum line. This is a guess, and
-   may be wrong:
+   The last thing of a batch is its checksum line. So if a crash has cut a batch off, no
+   such line follows: it is torn if nothing from start on looks like one. This is a guess,
+   and may be wrong:
 
      torn, but called damaged: a value in the torn part contains such a line
      torn, but called damaged: power failed when the system had written a later part of
@@ -2352,7 +2358,7 @@ static size_t replay(struct slice file) {
 /* Replays the file that is open as fd, and returns how many of its size bytes are
    good. */
 static size_t replay_file(int fd, size_t size, const char *header) {
-    /* One byte more, because mmap refuses 0. */
+    /* One byte more, because mmap refuses 0. Nobody reads that byte. */
     char *p = mmap(NULL, size + 1, PROT_READ, MAP_PRIVATE, fd, 0);
     if (p == MAP_FAILED) die_of_aof("read");
     if (memcmp(p, header, size < SUM_LINE ? size : SUM_LINE) != 0)
@@ -2398,9 +2404,9 @@ static bool add_entry(struct buf *b, const struct table *t, struct entry *e) {
 }
 
 /* Writes a file whose replay gives the present tables: an empty batch as the header, then
-   FLUSHALL, then a SET for each key, in batches. (FLUSHALL is for a copy: tail -F goes on
-   with the new file from its beginning, and the copy is emptied first.) No other thread
-   runs yet. Returns false on failure, and when a signal asks for the end. */
+   FLUSHALL, then a SET for each key, in batches. (FLUSHALL is for a copy that
+   tail -F feeds: tail goes on with the new file, and the copy must be emptied first.) No
+   other thread runs yet. Returns false on failure, and when a signal asks for the end. */
 static bool write_tables(int fd) {
     struct slice flush[] = {str("FLUSHALL")};
     struct buf b = {0};
@@ -2475,12 +2481,18 @@ static int open_and_lock(char *path) {
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
     /* A lock belongs to a file, not to its name. So this may have happened:
-         this kv opens the file;
-         another kv, which starts, too, compacts: it locks a new file, gives it this name,
-           and closes the old one, which ends the lock of that one;
-         this kv locks the old one, which has no name any more.
+
+         this kv                 another kv, which starts, too
+                                 locks the file
+         opens the file
+                                 compacts: locks a new file, gives it this name,
+                                 and closes the old one, which ends its lock
+         locks the old file,
+         which has no name now
+
        So this kv looks whether the name still leads to the file that it has locked. If it
-       does, no other kv can replace the file now: for that it would need this lock. */
+       does, no other kv compacts now: it would have to hold the lock until its new file
+       has the name. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
