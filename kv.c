@@ -169,9 +169,9 @@ static bool is_logged(enum level level) {
 
 /* Writes one line to stderr in one call, so that the lines of several threads never mix.
    What does not fit is cut. If stderr is a full pipe that nobody reads, the line is
-   dropped, and nobody waits. A pipe that poll calls writable takes PIPE_BUF bytes (4096
-   on Linux), more than a line has. The lock keeps other threads from filling it between
-   poll and write. (A terminal that is halted may still make this wait.) */
+   dropped, and nobody waits. If poll says that a pipe can be written, it takes PIPE_BUF
+   bytes (4096 on Linux), more than a line has. The lock keeps other threads from filling
+   it between poll and write. (A terminal that is halted may still make this wait.) */
 static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
     static const char *tags[] = {"ERROR", "WARN", "INFO", "DEBUG", "DEBUG"};
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -359,7 +359,7 @@ struct conn {
     /* Since replies were last sent: */
     size_t replies;  /* so many are in out */
     bool writes;     /* one of the requests writes */
-    size_t recorded; /* bytes of keys and values for the append-only file */
+    size_t recorded; /* bytes of keys and values for a file, counted also without --aof */
     uint64_t seen;   /* last change that a reply shows, see The store in section 8 */
 
     /* The request at hand: */
@@ -432,7 +432,7 @@ static enum outcome refuse_long(struct conn *c) {
     return refuse(c, "ERR before AUTH a request over 16 KiB or 10 words is too long");
 }
 
-/* Adds a word to argv, if that is not one too many. */
+/* Adds a word to argv, if there may be one more. */
 static enum outcome add_word(struct conn *c, char *p, size_t len) {
     if (c->argc == c->max_words) return refuse_long(c);
     if (c->argc == c->argv_room) {
@@ -602,8 +602,8 @@ static bool next_request(struct conn *c) {
 
 /* === 4 Replies ===================================================================== */
 
-/* The functions that reply return whether the request has succeeded: fail false, all
-   others true. So a command can end with return reply_...(). */
+/* Each function that replies returns whether the request has succeeded: fail returns
+   false, all others true. So a command can end with return reply_...(). */
 
 /* Whether a reply must quote s. Without quotes it could be taken for an error, the end of
    a list, a quoted value or another line, or a blank at its end could be missed. With
@@ -894,8 +894,8 @@ static void table_grow(struct table *t) {
     free(old.buckets);
 }
 
-/* Makes room for one entry more and its deadline. Returns false when memory is out. If
-   only the buckets cannot be doubled, the chains get longer instead. */
+/* Makes room for one entry more and its deadline. Returns false when memory is out. It is
+   no failure that the buckets cannot be doubled: the chains get longer instead. */
 static bool table_reserve(struct table *t) {
     if (t->count >= t->size) table_grow(t);
     if (t->heap_len == t->heap_room) {
@@ -1100,14 +1100,14 @@ static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
     char ms[24] = "";
     if (deadline != NEVER) snprintf(ms, sizeof ms, "%" PRId64, deadline);
     struct slice record[] = {
-        str("SET"), c->key, value, str("PXAT"), str(ms), /* the last two not with NEVER */
+        str("SET"), c->key, value, str("PXAT"), str(ms), /* these two not for NEVER */
     };
     c->recorded += c->key.len + value.len;
     return aof_append(record, deadline == NEVER ? 3 : 5, &c->shard->appended);
 }
 
-/* Removes the key at hand, if it is there. Replies and returns false when memory is out;
-   store and move_deadline do the same. */
+/* Removes the key at hand, if it is there. When memory is out, it replies and returns
+   false; so do store and move_deadline. */
 static bool remove_key(struct conn *c) {
     struct slice record[] = {str("DEL"), c->key};
     if (!c->entry) return true;
@@ -1204,7 +1204,7 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
                            int64_t min, int64_t *deadline) {
     int64_t n;
     if (!parse_int(word, &n)) return fail(c, NOT_AN_INTEGER);
-    /* Within these bounds neither n * unit nor the sum can overflow. */
+    /* So neither n * unit nor the sum overflows. (base only helps at the lower end.) */
     if (n < min || n < INT64_MIN / unit || n > (INT64_MAX - base) / unit)
         return fail(c, "ERR invalid expire time in '%s' command",
                     lower_name(c->cmd).text);
@@ -1351,10 +1351,10 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at. Moves *at behind the class. A ] ends it, except
-   behind a backslash or as the end of a range: [a-]] is the range from a to ], and then a
-   ] ends the class. As in Redis, a range may be written either way round, [a-z] or [z-a],
-   and an escaped byte does not begin one: [\a-z] is one of the bytes a, - and z.
+/* Whether b is in the class at *at. Moves *at behind the class. A ] ends it, if it is not
+   escaped and not the end of a range: [a-]] is the range from a to ], and then a ] ends
+   the class. As in Redis, a range may be written either way round, [a-z] or [z-a], and an
+   escaped byte does not begin one: [\a-z] is one of the bytes a, - and z.
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1367,7 +1367,7 @@ static bool match_class(const char **at, const char *end, unsigned char b) {
         unsigned char first = (unsigned char)p[0];
         unsigned char last = (unsigned char)p[is_range ? 2 : 0]; /* one byte: first */
         if (first <= b && b <= last) match = true;
-        if (last <= b && b <= first) match = true;
+        if (last <= b && b <= first) match = true; /* [z-a] */
         p += is_range ? 3 : 1;
     }
     *at = p < end ? p + 1 : p;
@@ -1384,11 +1384,11 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. Stars divide the pattern into pieces. The piece
-   behind a star is tried at one place of s after the other. The first place where it
-   matches is taken: it leaves more of s for the other pieces than any later one. So it
-   never helps to go back to an earlier star. (Russ Cox, "Glob Matching Can Be Simple And
-   Fast Too", 2017.) "*a*b" and "xaxab", for example:
+/* Whether s matches a glob pattern. Stars divide the pattern into pieces, and each item
+   of a piece matches one byte. The piece behind a star is tried at one place of s after
+   the other, and the first place where it matches is taken: any later one leaves less of
+   s for the next pieces. So it never helps to go back to an earlier star. (Russ Cox,
+   "Glob Matching Can Be Simple And Fast Too", 2017.) "*a*b" and "xaxab", for example:
 
         item    byte
          *              the piece "a" begins at 0 or later
@@ -1399,12 +1399,12 @@ static bool match_item(const char **at, const char *end, char b) {
          b      3: a    no: try it at 4
          b      4: b    yes: the end of both
 
-   If the pattern ends before s does, its last piece is tried further on, too.
+   The last piece must match at the end of s. If it ends before, it is tried further on. A
+   star at the end is followed by an empty piece, which is tried until s ends.
 
-   from only grows, so all pieces together are tried at most s.len times, each time for at
-   most pattern.len steps. With megabytes of both that takes minutes. So once the server
-   gives up, no other place is tried: the result may be wrong then, but KEYS does not send
-   it. */
+   There are at most s.len tries, of at most pattern.len steps each. With megabytes of
+   both that takes minutes. So once the server gives up, no other place is tried: the
+   result may be wrong then, but KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *piece = NULL; /* the one behind the last star */
@@ -1497,8 +1497,8 @@ static bool cmd_dbsize(struct conn *c) {
 }
 
 /* FLUSHALL and FLUSHDB: all keys go at one moment. No shard is unlocked before all are
-   locked, and each is empty when it is unlocked. So nobody sees an empty shard, and then
-   an old key in another. The memory is freed afterwards, because that takes long. */
+   locked, and each is empty when it is unlocked. So nobody who has seen an empty shard
+   finds an old key in another. The memory is freed at last, because that takes long. */
 static bool cmd_flush(struct conn *c) {
     struct slice record[] = {str("FLUSHALL")};
     if (c->argc > 1) return fail(c, "ERR syntax error");
@@ -1978,7 +1978,7 @@ static void read_more(struct conn *c) {
 }
 
 /* Runs all requests that have arrived in full. Sends replies in between: whenever the
-   replies and what was recorded for the append-only file are IO_CHUNK bytes together, so
+   replies and what was recorded for the append-only file add up to IO_CHUNK bytes, so
    that both are bounded. */
 static void run_requests(struct conn *c, const char *client) {
     while (stopping != GIVING_UP && next_request(c)) {
@@ -1997,9 +1997,9 @@ static void run_requests(struct conn *c, const char *client) {
 
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and the client's system may throw away
-   replies that the client has not read yet. So this ends only our side first. Then it
-   reads until the client closes its side, is silent for ms milliseconds, or still sends
-   after that time. */
+   replies that the client has not read yet. So this ends only our side first, and reads
+   until the client closes its side. It gives up when nothing has come for ms
+   milliseconds, or when something still comes after that time. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
@@ -2074,8 +2074,8 @@ static struct {
     bool has_writer;      /* a thread writes; no other does meanwhile */
     pthread_cond_t done;  /* signals that the writer is done */
 
-    /* For the writer alone. (Each writer takes the lock before and after, so it sees them
-       as the last one left them.) */
+    /* For the writer alone. (It has held the lock when it became the writer, and so had
+       the previous writer when it was done: so it sees what that one has left.) */
     struct buf batch;   /* being written, or not written in full; else empty */
     size_t written;     /* so many of its bytes are in the file */
     uint64_t batch_end; /* its last record */
@@ -2098,22 +2098,24 @@ static void format_sum_line(char *to, struct slice bytes) {
     snprintf(to, SUM_LINE + 1, "#SUM:%016" PRIx64 "\r\n", siphash(checksum_key, bytes));
 }
 
-/* Adds a record of n words to b, and makes room for a checksum line, so that this line
-   cannot fail later. Returns false when memory is out, maybe after some of the words:
-   then half a record is cut off again. (b never gets smaller, so the room that was made
-   with the record before is still there.) */
+/* Adds a record of n words to b. First makes room for all of it, and for the checksum
+   line of a batch that may end with it: so a buffer with a record has room for that line.
+   Returns false when memory is out; b is as before then. */
 static bool add_record(struct buf *b, const struct slice *words, size_t n) {
-    size_t old_len = b->len;
+    enum { MAX_HEADER = 24 };
+    size_t room = MAX_HEADER + SUM_LINE + 1;
+    for (size_t i = 0; i < n; i++) room += MAX_HEADER + words[i].len + 2;
+    if (!buf_reserve(b, room)) {
+        b->failed = false;
+        return false;
+    }
     buf_add_header(b, '*', n);
     for (size_t i = 0; i < n; i++) {
         buf_add_header(b, '$', words[i].len);
         buf_add(b, words[i].p, words[i].len);
         buf_add_text(b, "\r\n");
     }
-    if (buf_reserve(b, SUM_LINE + 1)) return true;
-    b->len = old_len;
-    b->failed = false; /* b is used further */
-    return false;
+    return true;
 }
 
 /* Ends the batch in b with its checksum line. */
@@ -2123,8 +2125,8 @@ static void end_batch(struct buf *b) {
     b->len += SUM_LINE;
 }
 
-/* Called with the lock of the shard that the record is about, or of all. If memory is
-   out, nothing is appended. (While broken is set, a few more records may come, from
+/* Called with the lock of the record's shard, or of all shards. If memory is out,
+   nothing is appended. (While broken is set, a few more records may come, from
    requests that run_request had let through before.) */
 static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
     if (aof.fd < 0) return true;
@@ -2188,9 +2190,9 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
    there is one, else a new one. Returns false when writing fails. Called with the lock,
-   which is released meanwhile. The caller has seen that there is no writer, and a record
-   that is not safe. That is in batch or, if batch is empty, in gathered. So a new batch
-   has a record, and the room for a checksum line that came with it. */
+   which is released meanwhile. The caller has seen that there is no writer, and that a
+   record is not safe. This record is in batch or, if batch is empty, in gathered: so a
+   new batch has a record, and room for its checksum line. */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2285,7 +2287,7 @@ static bool is_torn(struct slice file, size_t start) {
 
 /* Returns the checksum line that ends the batch at start. Returns NULL if it is not
    right, or if there is none. c->in is the file itself, mapped read-only: take_array
-   only reads it. If that refuses a record, nobody looks at its reply and c->closing. */
+   only reads it. If that refuses a record, its reply and c->closing are ignored. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2306,7 +2308,7 @@ static void replay_record(struct conn *c) {
     size_t at = c->pos;
     c->argc = c->out.len = 0;
     bool ok = take_array(c) == COMPLETE && c->argc > 0 && run_request(c);
-    aof.end++; /* compact looks how many there are */
+    aof.end++; /* counted for compact */
     if (c->out.failed) die(1, "%s: at byte %zu: out of memory", opt.aof, at);
     if (!ok) {
         struct slice reply = {c->out.p, c->out.len};
@@ -2490,9 +2492,8 @@ static int open_and_lock(char *path) {
          locks the old file,
          which has no name now
 
-       So this kv looks whether the name still leads to the file that it has locked. If it
-       does, no other kv compacts now: it would have to hold the lock until its new file
-       has the name. */
+       So this kv checks that the name still leads to the file that it has locked. If it
+       does, no other kv can compact from now on: each begins here, with that lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
