@@ -4,7 +4,7 @@
 # level: 2
 # lines: 24
 # minutes: 90
-# task: Build SETRANGE key offset value: it writes the value over that of the key from byte offset on, which may make that longer, and replies the new length. Gaps become zero bytes. The key keeps its deadline. To write no bytes changes nothing and makes no key. An offset below 0 gets ERR offset is out of range. No value may become longer than --max-request.
+# task: Build SETRANGE key offset value: it writes the value over that of the key from byte offset on, which may make that longer, and replies the new length. Gaps become zero bytes. The key keeps its deadline. To write no bytes, at any offset from 0 on, changes nothing, makes no key and replies the present length. An offset below 0 gets ERR offset is out of range. No value may become longer than --max-request. Where there is no memory for the new value the error is OOM out of memory, and all stays as it is.
 #
 # SC2030, SC2031: bats runs each test as a process. SC2154: common.bash sets it.
 # shellcheck disable=SC2030,SC2031,SC2154
@@ -64,6 +64,25 @@ load common
     ask 'SET a 123' | is OK
     gets 'SETRANGE a 100 ""' 3 && gets 'GET a' 123 || because "to write no bytes changes nothing, and the reply is the present length"
     gets 'SETRANGE none 0 ""' 0 && gets 'EXISTS none' 0 || because "to write no bytes makes no key"
+    gets 'SETRANGE a 999999999999 ""' 3 && gets 'SETRANGE none 999999999999 ""' 0 ||
+        because "to write no bytes makes nothing longer, so the limit of length is not for it"
+}
+
+# A kv that has no room for 400 MB. A sanitizer itself needs more memory than any such limit leaves,
+# but it can be told to give no block as large as that.
+start_kv_with_little_memory() {
+    local little=max_allocation_size_mb=300:allocator_may_return_null=1
+    if [[ ! ${SANITIZER:-} ]]; then ulimit -S -v 300000; fi
+    ASAN_OPTIONS="$little:${ASAN_OPTIONS:-}" TSAN_OPTIONS="$little:$TSAN_OPTIONS" start_kv --max-request 536870912
+}
+
+@test "when there is no memory for the new value SETRANGE gets OOM, and changes nothing" {
+    start_kv_with_little_memory
+    no_memory='(error) OOM out of memory'
+    ask 'SET a 123' | is OK
+    gets 'SETRANGE a 400000000 x' "$no_memory" && gets 'SETRANGE none 400000000 x' "$no_memory" ||
+        because "where malloc or calloc returns NULL there is no memory, which is an error: see fail_oom"
+    gets 'GET a' 123 && gets 'EXISTS none' 0 && gets 'SETRANGE a 3 4' 4 || because "an error must leave everything as it was"
 }
 
 @test "an offset that is negative, or no number, has an error" {
