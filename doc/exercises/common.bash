@@ -5,6 +5,8 @@
 # shellcheck shell=bash disable=SC2034,SC2119,SC2120,SC2154
 
 bats_require_minimum_version 1.5.0
+# shellcheck source=doc/exercises/ending.bash
+source "${BASH_SOURCE[0]%/*}/ending.bash"
 export LC_ALL=C TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
 KV=$(realpath "${KV:?names the kv to test}")
 shards=() && if [[ ${SANITIZER:-} = tsan ]]; then shards=(-s 32); fi # it gives up at 64 locks
@@ -16,16 +18,18 @@ setup() {
 }
 
 teardown() {
+    local crashed=''
     if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
     # What is lost is reported only where kv ends by itself.
     if [[ $pid && ${SANITIZER:-} = asan && ${BATS_TEST_COMPLETED:-} ]]; then
         kill "$pid" 2>/dev/null || true
         wait_until gone "$pid" || true
     fi
-    if [[ $pid ]]; then { kill -9 "$pid" && wait "$pid"; } 2>/dev/null || true; fi
+    ends_well "$pid" || crashed=1
     [[ -e $log ]] || return 0
     if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' "$log"; then return 1; fi
-    if [[ ! ${BATS_TEST_COMPLETED:-} ]]; then tail -n 20 "$log"; fi
+    if [[ $crashed || ! ${BATS_TEST_COMPLETED:-} ]]; then tail -n 20 "$log"; fi
+    [[ ! $crashed ]]
 }
 
 # After ||: the test fails and prints a sentence, which says what is wrong.

@@ -10,6 +10,7 @@
 # shellcheck disable=SC2016,SC2030,SC2031
 
 bats_require_minimum_version 1.5.0
+load ending
 export LC_ALL=C
 KV=$(realpath "${KV:?names the kv to test}")
 command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=${BATS_TEST_TIMEOUT:-30}
@@ -20,9 +21,11 @@ setup() {
 }
 
 teardown() {
-    if [[ $pid ]]; then { kill -9 "$pid" && wait "$pid"; } 2>/dev/null || true; fi
+    local crashed=''
+    ends_well "$pid" || crashed=1
     if grep -E 'Sanitizer|runtime error:' "$log"; then return 1; fi
-    if [[ ! ${BATS_TEST_COMPLETED:-} ]]; then cat "$log"; fi
+    if [[ $crashed || ! ${BATS_TEST_COMPLETED:-} ]]; then cat "$log"; fi
+    [[ ! $crashed ]]
 }
 
 start_kv() { # OPTION...: sets $pid and $port
