@@ -18,18 +18,18 @@ setup() {
 }
 
 teardown() {
-    local crashed=''
     if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
     # What is lost is reported only where kv ends by itself.
     if [[ $pid && ${SANITIZER:-} = asan && ${BATS_TEST_COMPLETED:-} ]]; then
         kill "$pid" 2>/dev/null || true
         wait_until gone "$pid" || true
     fi
-    ends_well "$pid" || crashed=1
+    end_kv "$pid"
     [[ -e $log ]] || return 0
-    if grep -E 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer|LeakSanitizer' "$log"; then return 1; fi
-    if [[ $crashed || ! ${BATS_TEST_COMPLETED:-} ]]; then tail -n 20 "$log"; fi
-    [[ ! $crashed ]]
+    if report_in "$log"; then return 1; fi
+    if ended_well && [[ ${BATS_TEST_COMPLETED:-} ]]; then return; fi
+    tail -n 20 "$log"
+    return 1
 }
 
 # After ||: the test fails and prints a sentence, which says what is wrong.

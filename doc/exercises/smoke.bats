@@ -21,11 +21,11 @@ setup() {
 }
 
 teardown() {
-    local crashed=''
-    ends_well "$pid" || crashed=1
-    if grep -E 'Sanitizer|runtime error:' "$log"; then return 1; fi
-    if [[ $crashed || ! ${BATS_TEST_COMPLETED:-} ]]; then cat "$log"; fi
-    [[ ! $crashed ]]
+    end_kv "$pid"
+    if report_in "$log"; then return 1; fi
+    if ended_well && [[ ${BATS_TEST_COMPLETED:-} ]]; then return; fi
+    cat "$log"
+    return 1
 }
 
 start_kv() { # OPTION...: sets $pid and $port
