@@ -158,6 +158,14 @@ set_hunt() { # NAME
     KV=$dir/right/$program BUG=$dir/broken/$program
 }
 
+# Whether bash can read the file HUNT. If not, it says in which line. What bats makes of @test is a function.
+can_be_read() {
+    local name=${HUNT##*/}
+    [[ -e $HUNT ]] || return 0 # hunt_with says so
+    sed -E 's/^[[:blank:]]*@test[[:blank:]].*[[:blank:]]\{/a_test() {/' "$HUNT" >"$tmp/$name"
+    (cd "$tmp" && bash -O extglob -n "$name" 2>&1)
+}
+
 # Runs the tests of the file HUNT. A copy of the program has the same path each time.
 hunt_with() { # PROGRAM: sets $tests, $failed and $skipped to how many there are
     local found=$tmp/found status=0
@@ -187,6 +195,7 @@ spied() { sed -n "s/^$1: *\([0-9]*\) *$/\1/p" "$tmp/spied"; } # sends|fsyncs: ho
 # The two tests of a hunt. What the student's file does once may be chance, so each is three times.
 passes_the_correct_kv() {
     local times
+    can_be_read || because "your file has a syntax error" || return 1
     hunt_with "$KV"
     ((tests > 0)) || because "there is no test in your file that bats can run" || return 1
     ((skipped == 0)) || because "a test that is skipped finds nothing" || return 1
@@ -198,6 +207,7 @@ passes_the_correct_kv() {
 
 fails_the_broken_kv() {
     local times
+    can_be_read >"$tmp/said" || because "your file has a syntax error: see above" || return 1
     for times in 1 2 3; do
         hunt_with "$BUG"
         ((failed > 0)) || because "your test passes on the broken kv, in run $times of 3: what has to happen before the fault shows?" || return 1

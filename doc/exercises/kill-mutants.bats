@@ -91,6 +91,7 @@ judge() { # N NAME: the program gets a path of its own, made at random
 
 @test "there are tests, and three correct servers pass them, each of five times" {
     local n
+    can_be_read || because "your file has a syntax error"
     judge_all {plain,asan,harmless}{,,,,}
     for n in {1..15}; do
         read -r tests skipped failed <"$tmp/$n"
@@ -107,6 +108,7 @@ judge() { # N NAME: the program gets a path of its own, made at random
         tell "Your teacher has the mutants. Here your tests can be tried with correct servers only."
         return
     fi
+    can_be_read >"$tmp/said" || because "your file has a syntax error: see above"
     mapfile -t ten < <(mutants)
     build_all "${ten[@]}"
     judge_all "${ten[@]}" harmless
