@@ -139,6 +139,21 @@ start_kv_with_a_full_disk() { # KB
     yes "SET fill $(x 1000)" | head -n "$(($1 * 2))" | nc -N 127.0.0.1 "$port" | grep -q MISCONF
 }
 
+# --- spy.c: how often kv sends ------------------------------------------------------------
+
+# Like start_kv, with spy.c between kv and libc. Only Linux has that: elsewhere nothing is counted.
+start_spied_kv() { # OPTION...
+    if [[ $(uname) != Linux ]]; then
+        start_kv "$@"
+        return
+    fi
+    cc -shared -fPIC -o "$tmp/spy.so" "$BATS_TEST_DIRNAME/spy.c" -ldl || return 1
+    ASAN_OPTIONS="verify_asan_link_order=0:${ASAN_OPTIONS:-}" \
+        LD_PRELOAD=$tmp/spy.so SPY_TO=$tmp/sends start_kv "$@"
+}
+
+sends() { cat "$tmp/sends" 2>/dev/null || echo 0; } # how many there were so far
+
 # --- hunts: a file of tests is what is checked --------------------------------------------
 
 # Sets HUNT to the file, if it is not given, KV to a correct kv and BUG to the broken one. These are built
@@ -180,17 +195,6 @@ hunt_with() { # PROGRAM: sets $tests, $failed and $skipped to how many there are
     if ((status == 124)); then failed=1 && echo "your tests did not end within ${hunt_time:-18} s"; fi
     cat "$found"
 }
-
-# --- spy.c: what kv asks of the system is counted -----------------------------------------
-
-# Like start_kv, with spy.c between kv and libc, which also makes an fsync take 5 ms longer.
-start_spied_kv() { # OPTION...
-    cc -shared -fPIC -o "$tmp/spy.so" "$BATS_TEST_DIRNAME/spy.c" -ldl || return 1
-    ASAN_OPTIONS="verify_asan_link_order=0:${ASAN_OPTIONS:-}" \
-        LD_PRELOAD=$tmp/spy.so SPY_TO=$tmp/spied start_kv "$@"
-}
-
-spied() { sed -n "s/^$1: *\([0-9]*\) *$/\1/p" "$tmp/spied"; } # sends|fsyncs: how many so far
 
 # The two tests of a hunt. What the student's file does once may be chance, so each is three times.
 passes_the_correct_kv() {

@@ -4,7 +4,7 @@
 # level: 2
 # lines: 18
 # minutes: 60
-# task: Build MGET key...: the value or null for each key, in order; as text the last line is (n values). A thousand values of a megabyte are never in memory all at once.
+# task: Build MGET key...: the value or null for each key, in order; as text the last line is (n values). A thousand values of a megabyte are never in memory all at once, and a thousand of a few bytes are not sent one by one.
 #
 # SC2030, SC2031: bats runs each test as a process. SC2154: common.bash sets it.
 # shellcheck disable=SC2030,SC2031,SC2154
@@ -64,6 +64,17 @@ load common
     if [[ ${SANITIZER:-} || ! -e /proc/$pid/status ]]; then return; fi
     kb=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' "/proc/$pid/status")
     ((kb < 50000)) || because "kv took $kb kB: send replies when IO_CHUNK bytes of them have gathered"
+}
+
+@test "MGET sends a thousand small values together" {
+    start_spied_kv --fsync no
+    seq 1000 | sed 's/.*/SET k& &/' | nc -N 127.0.0.1 "$port" | grep -c OK | is 1000
+    before=$(sends)
+    ask_soon "MGET$(printf ' k%d' {1..1000})" | cmp - <(seq 1000 && echo '(1000 values)') ||
+        because "each value is to be replied as GET does it, in the order of the keys"
+    count=$(($(sends) - before))
+    echo "kv has called send $count times"
+    ((count <= 10)) || because "each send costs more than the value: send replies when IO_CHUNK bytes of them have gathered"
 }
 
 @test "MGET counts as a read of each key: INFO has its hits and misses" {
