@@ -95,23 +95,29 @@ ends_with() { grep -qE "$1}\$" "$tmp/json"; } # REGEX: of the end of the line of
     ends_with '"check": \[true,false\], .*"points": 0'
 }
 
-@test "a folder of answers becomes a line of CSV each, and a table each" {
-    mkdir -p "$tmp/all/ann"
+@test "a folder of answers becomes a line of CSV each, a table each and a line on the terminal, which say why there are no points" {
+    mkdir -p "$tmp"/all/{ann,carl,dora}
     echo 'no C' | tee "$tmp/all/ann/kv.c" >"$tmp/all/b\"ob.c"
-    doc/grade strlen "$tmp/all" "$tmp/out.csv"
-    diff - "$tmp/out.csv" <<'END'
-name,exercise,points,builds,warnings,smoke,check,asan,tsan,handout
-"ann",strlen,0,no,,,,,,""
-"b""ob",strlen,0,no,,,,,,""
+    echo '/* handout: spring-1999 */' >"$tmp/all/carl/kv.c"
+    cp kv.c "$tmp/all/dora/strlen.c"
+    doc/grade strlen "$tmp/all" "$tmp/all/out.csv" >"$tmp/said"
+    diff - "$tmp/all/out.csv" <<'END'
+name,exercise,points,builds,warnings,smoke,check,asan,tsan,handout,remark
+"ann",strlen,0,no,,,,,,"",does not compile
+"carl",strlen,0,,,,,,,"spring-1999",another handout
+"dora",strlen,0,,,,,,,"",is missing
+"b""ob",strlen,0,no,,,,,,"",does not compile
 END
-    grep -qF '"builds": false' "$tmp/out-tables/ann.txt"
+    head -n 4 "$tmp/said" | sed 's/  */ /' | diff - <(printf '%s 0 points: %s\n' ann 'does not compile' \
+        carl 'another handout' dora 'is missing' 'b"ob' 'does not compile')
+    grep -qF '"remark": "does not compile", "handout": "", "builds": false' "$tmp/all/out-tables/ann.txt"
 }
 
 @test "an answer from another handout is refused" {
     { cat kv.c && echo '/* handout: spring-1999 */'; } >"$tmp/kv.c"
     grade strlen "$tmp/kv.c"
     says 'git checkout spring-1999'
-    ends_with '"handout": "spring-1999", "builds": false, .*"points": 0'
+    ends_with '"remark": "another handout", "handout": "spring-1999", "builds": null, .*"points": 0'
 }
 
 @test "root is refused, unless GRADE_AS_ROOT=yes says that this is a container" {
