@@ -113,11 +113,15 @@ END
     grep -qF '"remark": "does not compile", "handout": "", "builds": false' "$tmp/all/out-tables/ann.txt"
 }
 
-@test "an answer from another handout is refused" {
+@test "an answer from another handout is refused, also where it is a file of tests" {
     { cat kv.c && echo '/* handout: spring-1999 */'; } >"$tmp/kv.c"
     grade strlen "$tmp/kv.c"
     says 'git checkout spring-1999'
     ends_with '"remark": "another handout", "handout": "spring-1999", "builds": null, .*"points": 0'
+    { cat doc/exercises/stale-slice.start.bats && echo '# handout: spring-1999'; } >"$tmp/stale-slice.bats"
+    grade stale-slice "$tmp/stale-slice.bats"
+    says 'git checkout spring-1999'
+    ends_with '"remark": "another handout", "handout": "spring-1999", .*"points": 0'
 }
 
 @test "root is refused, unless GRADE_AS_ROOT=yes says that this is a container" {
@@ -138,6 +142,8 @@ END
     .ci/docrefs
     env -i PATH="${PATH#"$BATS_LIBEXEC:"}" ./test.sh --tap -f PING | grep -q '^ok'
     make -s step STEP=words CFLAGS=-O0 | grep -q '^kv-step/words is built'
+    make -s start EX=stale-slice
+    tail -n 1 kv-exercise/stale-slice.bats | grep -xF "# handout: $(<doc/handout-version)"
     make -s start EX=strlen
     patch -s -p 1 -d kv-exercise <"$tmp/doc/solutions/strlen.patch"
     grep -qxF "/* handout: $(<doc/handout-version) */" kv-exercise/kv.c
