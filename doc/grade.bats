@@ -137,7 +137,8 @@ END
     git archive HEAD doc/solutions/strlen.patch | tar -x -C "$tmp"
     cd "$tmp/kv-course"
     find . -name '*.wrong-*' -o -name '*.start.patch' -o -path './doc/solutions/?*.patch' -o -path './doc/mutants/?*.patch' \
-        -o -name .git | diff /dev/null -
+        -o -name .git -o -name 'teaching*' | diff /dev/null -
+    find . -name '*.md' -exec grep -i 'teaching\.md' {} + | diff /dev/null -
     make -s CFLAGS=-O0
     .ci/docrefs
     env -i PATH="${PATH#"$BATS_LIBEXEC:"}" ./test.sh --tap -f PING | grep -q '^ok'
