@@ -4,6 +4,7 @@
 #     KV=./kv bats kv-exercise/kill-mutants.bats
 #
 # doc/exercises/common.bash says what start_kv, ask, is and resp do; the other files there use them.
+# Hand in this file alone. It is graded in kv-exercise/ of a clean checkout, so leave the line with load.
 
 load ../doc/exercises/common
 

@@ -5,7 +5,7 @@
 # SC2154: common.bash sets it. SC2119: start_kv may have no options.
 # shellcheck disable=SC2154,SC2119
 
-load ../exercises/common
+load "$PWD/doc/exercises/common"
 
 @test "an option that is no number is refused" {
     for number in 8x x ' 8'; do

@@ -5,7 +5,7 @@
 # SC2154: common.bash sets it.
 # shellcheck disable=SC2154
 
-load ../exercises/common
+load "$PWD/doc/exercises/common"
 
 @test "what many clients add to one key at once is all there" {
     start_kv

@@ -8,7 +8,7 @@
 # SC2154: common.bash sets it.
 # shellcheck disable=SC2154
 
-load ../exercises/common
+load "$PWD/doc/exercises/common"
 
 @test "what four clients add to one key is all there" {
     start_kv

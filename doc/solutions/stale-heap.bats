@@ -5,7 +5,7 @@
 # SC2154: common.bash sets it.
 # shellcheck disable=SC2154
 
-load ../exercises/common
+load "$PWD/doc/exercises/common"
 
 @test "each key keeps its deadline when others are removed" {
     start_kv -s 1

@@ -5,7 +5,7 @@
 # SC2154: common.bash sets it.
 # shellcheck disable=SC2154
 
-load ../exercises/common
+load "$PWD/doc/exercises/common"
 
 # The buffer moves to larger and larger blocks as the array arrives. MALLOC_PERTURB_ has glibc fill the
 # blocks that are freed.

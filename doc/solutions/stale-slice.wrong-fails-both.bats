@@ -8,7 +8,7 @@
 # SC2154: common.bash sets it.
 # shellcheck disable=SC2154
 
-load ../exercises/common
+load "$PWD/doc/exercises/common"
 
 @test "EXISTS counts the keys of a long array" {
     start_kv

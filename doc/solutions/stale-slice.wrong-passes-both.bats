@@ -8,7 +8,7 @@
 # SC2154: common.bash sets it.
 # shellcheck disable=SC2154
 
-load ../exercises/common
+load "$PWD/doc/exercises/common"
 
 @test "an array that arrives in two halves has the words that were sent" {
     start_kv
