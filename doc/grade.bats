@@ -92,6 +92,16 @@ ends_with() { grep -qE "$1}\$" "$tmp/json"; } # REGEX: of the end of the line of
     ends_with '"check": \[true,false\], .*"points": 0'
 }
 
+@test "SEED reaches the check, which chooses mutants by it" {
+    mkdir "$tmp/bin" # a bats that counts points by SEED
+    printf '#!/bin/sh\necho 1..2; echo ok 1 -; echo "# points: $SEED of 10"; echo ok 2 -\n' >"$tmp/bin/bats"
+    chmod +x "$tmp/bin/bats"
+    PATH="$tmp/bin:$PATH" SEED=3 grade kill-mutants doc/exercises/kill-mutants.start.bats
+    says 'points      30 of 100'
+    PATH="$tmp/bin:$PATH" make -s grade EX=kill-mutants SEED=4 SUBMISSION=doc/exercises/kill-mutants.start.bats |
+        grep -x 'points      40 of 100'
+}
+
 @test "a folder of answers becomes a line of CSV each, a table each and a line on the terminal, which say why there are no points" {
     mkdir -p "$tmp"/all/{ann,carl,dora}
     echo 'no C' | tee "$tmp/all/ann/kv.c" >"$tmp/all/b\"ob.c"
