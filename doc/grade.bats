@@ -146,6 +146,8 @@ END
     find . -name '*.wrong-*' -o -name '*.start.patch' -o -path './doc/solutions/?*.patch' -o -path './doc/mutants/?*.patch' \
         -o -name .git -o -name 'teaching*' | diff /dev/null -
     find . -name '*.md' -exec grep -i 'teaching\.md' {} + | diff /dev/null -
+    run -2 doc/grade kill-mutants doc/exercises/kill-mutants.start.bats
+    [[ $output = *'grade in a clone' ]]
     make -s CFLAGS=-O0
     .ci/docrefs
     env -i PATH="${PATH#"$BATS_LIBEXEC:"}" ./test.sh --tap -f PING | grep -q '^ok'
