@@ -45,8 +45,9 @@ ends_with() { grep -qE "$1}\$" "$tmp/json"; } # REGEX: of the end of the line of
 
 @test "an answer that hangs costs the points of the tests in which it hangs" {
     strlen_with '    for (volatile int on = 1; on;) {}'
-    LIMIT=8 grade strlen "$tmp/kv.c"
+    LIMIT=8 SANITIZERS=asan grade strlen "$tmp/kv.c"
     says 'The tests did not end within 8 s.'
+    says 'asan        not tried: the tests do not end without it'
     ends_with '"smoke": 12, "check": \[true,false,false,false,false,false\], .*"points": 16'
 }
 
@@ -61,6 +62,12 @@ ends_with() { grep -qE "$1}\$" "$tmp/json"; } # REGEX: of the end of the line of
     SANITIZERS='' grade strlen "$tmp/kv.c"
     says '    NOT OK  STRLEN replies a number in RESP'
     ends_with '"warnings": 1, .*"check": \[true,true,true,true,false,true\], .*"points": 73'
+}
+
+@test "where no test passes, a sanitizer is not tried, and does not look as if it were clean" {
+    SANITIZERS='asan tsan' grade strlen kv.c
+    says 'asan        not tried: no test passes without it'
+    ends_with '"smoke": 12, "check": \[false(,false){5}\], "asan": "not tried", "tsan": "not tried", "points": 0'
 }
 
 @test "an answer that leaks is caught by AddressSanitizer" {
