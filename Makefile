@@ -166,7 +166,7 @@ help: ## list the targets
 .PHONY: all run test deps deps-all asan tsan cross fuzz coverage lint format install clean help \
     step start check course course-release refresh
 
-# For who teaches: see doc/teaching.md.
+# For who teaches.
 grade: ## grade answers: make grade EX=strlen SUBMISSION=kv.c; or DIR=answers CSV=out.csv
 	@doc/grade '$(EX)' '$(or $(SUBMISSION),$(DIR))' $(CSV)
 

@@ -145,7 +145,7 @@ END
     [[ $output = *'this is no sandbox, and you are root'* ]]
 }
 
-@test "the handout has no solutions; its references hold, and tests, a step and an exercise run in it" {
+@test "the handout has no solutions; its references hold, and tests, a step, an exercise and grading run in it" {
     doc/handout "$tmp/course.tar.gz"
     tar -C "$tmp" -xzf "$tmp/course.tar.gz"
     git archive HEAD doc/solutions/strlen.patch | tar -x -C "$tmp"
@@ -153,6 +153,8 @@ END
     find . -name '*.wrong-*' -o -name '*.start.patch' -o -path './doc/solutions/?*.patch' -o -path './doc/mutants/?*.patch' \
         -o -name .git -o -name 'teaching*' | diff /dev/null -
     find . -name '*.md' -exec grep -i 'teaching\.md' {} + | diff /dev/null -
+    make help | sed 's/ .*//' | paste -s -d ' ' - |
+        grep -x 'all run test asan tsan step start check cross fuzz coverage deps deps-all format install clean help grade'
     run -2 doc/grade kill-mutants doc/exercises/kill-mutants.start.bats
     [[ $output = *'grade in a clone' ]]
     make -s CFLAGS=-O0
@@ -165,4 +167,5 @@ END
     patch -s -p 1 -d kv-exercise <"$tmp/doc/solutions/strlen.patch"
     grep -qxF "/* handout: $(<doc/handout-version) */" kv-exercise/kv.c
     make -s check EX=strlen | tail -n 1 | grep -qx 'strlen: all of it works.'
+    SANITIZERS='' make -s grade EX=strlen SUBMISSION=kv-exercise/kv.c | grep -x 'points      100 of 100'
 }
