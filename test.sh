@@ -21,16 +21,6 @@
 
 export LC_ALL=C # bytes are bytes
 
-# bats runs each test as a process, which reads this file anew: what setup_file leaves of it for that
-# test, all but the other tests, takes less than half the time.
-own=${BATS_FILE_TMPDIR:-}/${BATS_TEST_NAME:-}
-if [[ -f $own && $own != "$BATS_TEST_SOURCE" ]]; then
-    BATS_TEST_SOURCE=$own
-    # shellcheck disable=SC1090 # it is this one
-    source "$own"
-    return
-fi
-
 root=${BATS_TEST_DIRNAME:-$(dirname "$0")}
 if [[ ${KV:-} != /* ]]; then KV=$(realpath "${KV:-$root/kv${SANITIZER:+-$SANITIZER}}"); fi
 export KV
@@ -102,30 +92,7 @@ if command -v setpriv >/dev/null; then leash=(setpriv --pdeathsig KILL); fi
 
 # --- starting and stopping ----------------------------------------------------------------
 
-setup_file() {
-    [[ -x $KV ]] || { echo "$KV is not there: make builds it" && return 1; }
-    leave_own
-}
-
-# For each test a file of its name, in which other tests are blank lines, so that places stay the same.
-# In other versions of bats a test may begin in another way. Then there is none, and all is read.
-leave_own() {
-    awk -v dir="$BATS_FILE_TMPDIR" '
-        /^test_[^ ]+\(\) \{ bats_test_begin / { names[++n] = substr($1, 1, length($1) - 2); inside = 1 }
-        /^bats_test_function / { next }
-        inside { test[n] = test[n] $0 "\n"; blank[n] = blank[n] "\n"; inside = $0 != "}"; next }
-        { helpers[n + 0] = helpers[n + 0] $0 "\n" }
-        END {
-            for (i = n; i > 0; i--) behind[i] = helpers[i] (i < n ? blank[i + 1] behind[i + 1] : "")
-            before = helpers[0]
-            for (i = 1; i <= n; i++) {
-                file = dir "/" names[i]
-                printf "%s%s%s", before, test[i], behind[i] >file
-                close(file)
-                before = before blank[i] helpers[i]
-            }
-        }' "$BATS_TEST_SOURCE"
-}
+setup_file() { [[ -x $KV ]] || { echo "$KV is not there: make builds it" && return 1; }; }
 
 # bats notes the place of each command, to name it if it fails. That takes a quarter of the time of a
 # test. What setup does in its place notes less, and this tells bats what it would know.
