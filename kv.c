@@ -359,7 +359,7 @@ struct conn {
     /* Since replies were last sent: */
     size_t replies;  /* so many are in out */
     bool writes;     /* one of the requests writes */
-    size_t recorded; /* bytes of keys and values for a file, counted also without --aof */
+    size_t recorded; /* bytes of keys and values for a file, counted also without one */
     uint64_t seen;   /* last change that a reply shows, see The store in section 8 */
 
     /* The request at hand: */
@@ -529,8 +529,8 @@ static enum outcome take_line(struct conn *c) {
 /* --- RESP: array = "*" number "\r\n" { "$" number "\r\n" bytes "\r\n" } ------------- */
 
 /* Reads the number of a header, which begins at *at with a type byte, and moves *at
-   behind it. If no line end comes within LONGEST bytes, the header is wrong. (A number
-   that is too long has too many digits for parse_int.) */
+   behind it. A header that still has no line end after LONGEST bytes is wrong. (If the
+   line end has come, parse_int refuses a number that is too long.) */
 static enum outcome read_header(char **at, char *end, int64_t *n) {
     enum { LONGEST = 32 };
     char *digits = *at + 1;
@@ -1204,7 +1204,7 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
                            int64_t min, int64_t *deadline) {
     int64_t n;
     if (!parse_int(word, &n)) return fail(c, NOT_AN_INTEGER);
-    /* So neither n * unit nor the sum overflows. (base only helps at the lower end.) */
+    /* base is not negative, so n * unit + base may be too large, but not too small. */
     if (n < min || n < INT64_MIN / unit || n > (INT64_MAX - base) / unit)
         return fail(c, "ERR invalid expire time in '%s' command",
                     lower_name(c->cmd).text);
@@ -1351,10 +1351,15 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
 
 /* --- All keys ----------------------------------------------------------------------- */
 
-/* Whether b is in the class at *at. Moves *at behind the class. A ] ends it, if it is not
-   escaped and not the end of a range: [a-]] is the range from a to ], and then a ] ends
-   the class. As in Redis, a range may be written either way round, [a-z] or [z-a], and an
-   escaped byte does not begin one: [\a-z] is one of the bytes a, - and z.
+/* Whether b is in the class at *at. Moves *at behind the class. As in Redis:
+
+        [a-cx]   a, b, c or x
+        [^a-c]   any byte but a, b and c
+        [c-a]    a, b or c: a range may be written either way round
+        [X-]]    X to ]: any byte may end a range, also a ]; the second ] ends the class
+        [\a-c]   a, - or c: an escaped byte does not begin a range
+        [ab      a or b: the end of the pattern may end a class
+
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
     const char *p = *at + 1;
@@ -1367,7 +1372,7 @@ static bool match_class(const char **at, const char *end, unsigned char b) {
         unsigned char first = (unsigned char)p[0];
         unsigned char last = (unsigned char)p[is_range ? 2 : 0]; /* one byte: first */
         if (first <= b && b <= last) match = true;
-        if (last <= b && b <= first) match = true; /* [z-a] */
+        if (last <= b && b <= first) match = true; /* [c-a] */
         p += is_range ? 3 : 1;
     }
     *at = p < end ? p + 1 : p;
@@ -1402,9 +1407,10 @@ static bool match_item(const char **at, const char *end, char b) {
    The last piece must match at the end of s. If it ends before, it is tried further on. A
    star at the end is followed by an empty piece, which is tried until s ends.
 
-   There are at most s.len tries, of at most pattern.len steps each. With megabytes of
-   both that takes minutes. So once the server gives up, no other place is tried: the
-   result may be wrong then, but KEYS does not send it. */
+   from never goes back, so all pieces together are tried at s.len places at most, with at
+   most pattern.len steps each. With megabytes of both that takes minutes. So once the
+   server gives up, no other place is tried: the result may be wrong then, but KEYS does
+   not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *piece = NULL; /* the one behind the last star */
@@ -1419,7 +1425,8 @@ static bool glob_match(struct slice pattern, struct slice s) {
         } else if (p < end && match_item(&next, end, s.p[i])) {
             p = next;
             i++;
-        } else if (piece && stopping != GIVING_UP) { /* try the next place */
+        } else if (piece && stopping != GIVING_UP) {
+            /* No match, or the pattern ends before s does: try the next place. */
             from++;
             p = piece;
             i = from;
@@ -1998,18 +2005,18 @@ static void run_requests(struct conn *c, const char *client) {
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and the client's system may throw away
    replies that the client has not read yet. So this ends only our side first, and reads
-   until the client closes its side. It gives up when nothing has come for ms
-   milliseconds, or when something still comes after that time. */
+   until the client closes its side, but for ms milliseconds at most. */
 static void hang_up(int fd, int ms) {
     char unread[1024];
     struct pollfd input = {.fd = fd, .events = POLLIN};
-    int64_t end = monotonic_us() + 1000 * (int64_t)ms;
+    int64_t end = monotonic_us() / 1000 + ms, left = ms;
     bool open = shutdown(fd, SHUT_WR) == 0;
-    do {
-        int ready = poll(&input, 1, ms);
+    while (open && left >= 0) {
+        int ready = poll(&input, 1, (int)left);
         if (ready == 0) break;
         if (ready > 0) open = recv(fd, unread, sizeof unread, MSG_DONTWAIT) > 0;
-    } while (open && monotonic_us() < end);
+        left = end - monotonic_us() / 1000;
+    }
     close(fd);
 }
 
@@ -2074,8 +2081,8 @@ static struct {
     bool has_writer;      /* a thread writes; no other does meanwhile */
     pthread_cond_t done;  /* signals that the writer is done */
 
-    /* For the writer alone. (It has held the lock when it became the writer, and so had
-       the previous writer when it was done: so it sees what that one has left.) */
+    /* For the writer alone, without the lock. (What a thread writes before it unlocks a
+       mutex is seen by the next thread that locks it: here, by the next writer.) */
     struct buf batch;   /* being written, or not written in full; else empty */
     size_t written;     /* so many of its bytes are in the file */
     uint64_t batch_end; /* its last record */
@@ -2191,8 +2198,9 @@ static bool write_batch(void) {
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
    there is one, else a new one. Returns false when writing fails. Called with the lock,
    which is released meanwhile. The caller has seen that there is no writer, and that a
-   record is not safe. This record is in batch or, if batch is empty, in gathered: so a
-   new batch has a record, and room for its checksum line. */
+   record is not safe: after a failed write that record may be in batch; else it is in
+   gathered. So a new batch has a record, and with it room for its checksum line (see
+   add_record). */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2277,7 +2285,8 @@ static bool is_sum_line(const char *p, const char *end) {
      damaged, but called torn: the last line of the file, a checksum line, has changed:
                                ... batch #SUM batch #S?M
 
-   Where it says damaged, kv changes nothing, and a person decides. */
+   Where it says damaged, kv changes nothing, and a person decides. Where it says torn, kv
+   cuts the batch off with a warning; in the last case that batch was good. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -2492,8 +2501,9 @@ static int open_and_lock(char *path) {
          locks the old file,
          which has no name now
 
-       So this kv checks that the name still leads to the file that it has locked. If it
-       does, no other kv can compact from now on: each begins here, with that lock. */
+       The other kv gives the lock up only after the new file has the name. So this kv,
+       which has the lock now, checks that the name leads to the file that it has locked.
+       If it does, no other kv can compact any more: for that it would need this lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2571,8 +2581,8 @@ static void refuse_client(int fd, const char *why) {
     static const char text[] = "-ERR max number of clients reached\r\n";
     if (is_first_this_second(&logged)) say(WARN, "client refused: %s", why);
     ssize_t n = send(fd, text, sizeof text - 1, MSG_DONTWAIT);
-    (void)n; /* if it fails, the client sees only the end */
-    hang_up(fd, 0);
+    (void)n;        /* if it fails, the client sees only the end */
+    hang_up(fd, 0); /* main does not wait: the client may miss the text */
 }
 
 /* Accepts a client and starts its thread. Where the system has no descriptor or no memory
@@ -2733,7 +2743,8 @@ static void wait_for_threads(int64_t ms) {
      SHUT_RD, 2 s      From now on, recv does not block: where it would, it returns 0, as
                        at the end of the input. (What has arrived, and on Linux also what
                        still arrives, comes first.) So a thread answers what there is, and
-                       then end_input ends it.
+                       then end_input ends it. recv returns 0 in hang_up, too, so it does
+                       not wait then: a client that still sends may miss its last replies.
      GIVING_UP, 0.5 s  A client that sends without a pause still has a thread. It runs
                        nothing more, and only sends the replies to what was run.
      SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
