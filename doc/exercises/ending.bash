@@ -4,11 +4,12 @@
 export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
 
 # Kills kv, if there is one, and sets $ended: to its status if it had ended before. A process that is
-# about to end keeps the status that it has.
+# about to end keeps the status that it has. The number of one that has ended may be another's by now.
 end_kv() { # PID, or nothing
     ended=0
     if [[ ! $1 ]]; then return; fi
-    { kill -9 "$1" || true; wait "$1" || ended=$?; } 2>/dev/null
+    if grep -qx "$1" <<<"$(jobs -rp)"; then kill -9 "$1" 2>/dev/null || true; fi
+    wait "$1" 2>/dev/null || ended=$?
     if ((ended == 128 + 9)); then ended=0; fi
 }
 
