@@ -86,7 +86,7 @@ struct text {
    atomic.) */
 enum stage {
     SERVING,
-    ANSWERING, /* a signal came: what has arrived is answered, see stop_connections */
+    ANSWERING, /* no longer: what has arrived is answered, see stop_connections */
     GIVING_UP, /* run nothing more, only send the replies to what was run */
 };
 static _Atomic enum stage stopping = SERVING;
@@ -169,7 +169,7 @@ static bool is_logged(enum level level) {
 
 /* Writes one line to stderr in one call, so that the lines of several threads never mix.
    What does not fit is cut. If stderr is a full pipe that nobody reads, the line is
-   dropped, and nobody waits. If poll says that a pipe can be written, it takes PIPE_BUF
+   dropped, and nobody waits. A pipe that can be written, as poll says, takes PIPE_BUF
    bytes (4096 on Linux), more than a line has. The lock keeps other threads from filling
    it between poll and write. (A terminal that is halted may still make this wait.) */
 static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
@@ -200,7 +200,7 @@ static PRINTF_LIKE(2) void say(enum level level, const char *fmt, ...) {
 /* Logs an error and ends the program. */
 #define die(status, ...) (say(ERROR, __VA_ARGS__), exit(status))
 
-/* Whether this is the first call within a second of the clock; last remembers when the
+/* Whether this is the first call in this second of the clock; last remembers when the
    previous call was. It limits the log lines that strangers can provoke. */
 static bool is_first_this_second(atomic_llong *last) {
     long long second = 1 + monotonic_us() / 1000000; /* *last starts with 0 */
@@ -953,7 +953,7 @@ static void heap_put(struct table *t, size_t slot, struct deadline d) {
     d.entry->slot = (uint32_t)slot;
 }
 
-/* Puts d into slot, or higher: as long as a parent is later than d, it moves down. */
+/* Puts d into slot, or higher: each parent that is later than d moves down. */
 static void heap_up(struct table *t, size_t slot, struct deadline d) {
     while (slot > 1 && t->heap[slot / 2].when > d.when) {
         heap_put(t, slot, t->heap[slot / 2]);
@@ -962,7 +962,7 @@ static void heap_up(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Puts d into slot, or lower: as long as a child is sooner than d, it moves up. */
+/* Puts d into slot, or lower: each child that is sooner than d moves up. */
 static void heap_down(struct table *t, size_t slot, struct deadline d) {
     while (2 * slot <= t->heap_len) {
         size_t child = 2 * slot;
@@ -977,7 +977,12 @@ static void heap_down(struct table *t, size_t slot, struct deadline d) {
 
 /* Takes e's deadline away, if it has one. The last of the heap takes its slot. It may
    come from another branch, and be sooner than its new parent: then it moves up, else
-   down, as far as it has to. */
+   down, as far as it has to. Here 11 goes, and 3, the last, takes its slot and moves up:
+
+            1                   1
+        10     2    --->     3     2
+       11 12  3            10 12
+   */
 static void deadline_clear(struct table *t, struct entry *e) {
     size_t slot = e->slot;
     if (slot == 0) return;
@@ -1204,7 +1209,7 @@ static bool parse_deadline(struct conn *c, struct slice word, int64_t unit, int6
                            int64_t min, int64_t *deadline) {
     int64_t n;
     if (!parse_int(word, &n)) return fail(c, NOT_AN_INTEGER);
-    /* base is not negative, so n * unit + base may be too large, but not too small. */
+    /* n * unit must fit. base is not negative: it can only make the sum too large. */
     if (n < min || n < INT64_MIN / unit || n > (INT64_MAX - base) / unit)
         return fail(c, "ERR invalid expire time in '%s' command",
                     lower_name(c->cmd).text);
@@ -1356,9 +1361,8 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
         [a-cx]   a, b, c or x
         [^a-c]   any byte but a, b and c
         [c-a]    a, b or c: a range may be written either way round
-        [X-]]    X to ]: any byte may end a range, also a ]; the second ] ends the class
-        [\a-c]   a, - or c: an escaped byte does not begin a range
-        [ab      a or b: the end of the pattern may end a class
+        [\a-c]   a, - or c: an escaped byte begins no range, so - is a byte like others
+        [X-]     X to ]: any byte may end a range; the end of the pattern ends the class
 
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
@@ -1393,24 +1397,24 @@ static bool match_item(const char **at, const char *end, char b) {
    of a piece matches one byte. The piece behind a star is tried at one place of s after
    the other, and the first place where it matches is taken: any later one leaves less of
    s for the next pieces. So it never helps to go back to an earlier star. (Russ Cox,
-   "Glob Matching Can Be Simple And Fast Too", 2017.) "*a*b" and "xaxab", for example:
+   "Glob Matching Can Be Simple And Fast Too", 2017.) "*a*b" and "xabab", for example:
 
         item    byte
-         *              the piece "a" begins at 0 or later
-         a      0: x    no: try it at 1
+         *              the piece "a" is tried from 0 on
+         a      0: x    no: from 1 on
          a      1: a    yes
-         *              the piece "b" begins at 2 or later
-         b      2: x    no: try it at 3
-         b      3: a    no: try it at 4
-         b      4: b    yes: the end of both
+         *              the piece "b" is tried from 2 on
+         b      2: b    yes
+        end     3: a    the pattern ends too early: "b" is tried from 3 on
+         b      3: a    no: from 4 on
+         b      4: b    yes, and both end
 
-   The last piece must match at the end of s. If it ends before, it is tried further on. A
-   star at the end is followed by an empty piece, which is tried until s ends.
+   A star at the end is followed by an empty piece, which is tried until s ends.
 
-   from never goes back, so all pieces together are tried at s.len places at most, with at
-   most pattern.len steps each. With megabytes of both that takes minutes. So once the
-   server gives up, no other place is tried: the result may be wrong then, but KEYS does
-   not send it. */
+   A piece begins behind the one before, so the number from only grows, over all pieces
+   together: there are about s.len tries at most, of pattern.len steps at most. With
+   megabytes of both that takes minutes. So once the server gives up, no other place is
+   tried: the result may be wrong then, but KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *piece = NULL; /* the one behind the last star */
@@ -1426,7 +1430,7 @@ static bool glob_match(struct slice pattern, struct slice s) {
             p = next;
             i++;
         } else if (piece && stopping != GIVING_UP) {
-            /* No match, or the pattern ends before s does: try the next place. */
+            /* No match, or the pattern ends too early: try the next place. */
             from++;
             p = piece;
             i = from;
@@ -1505,7 +1509,7 @@ static bool cmd_dbsize(struct conn *c) {
 
 /* FLUSHALL and FLUSHDB: all keys go at one moment. No shard is unlocked before all are
    locked, and each is empty when it is unlocked. So nobody who has seen an empty shard
-   finds an old key in another. The memory is freed at last, because that takes long. */
+   finds an old key in another. The memory is freed last, because that takes long. */
 static bool cmd_flush(struct conn *c) {
     struct slice record[] = {str("FLUSHALL")};
     if (c->argc > 1) return fail(c, "ERR syntax error");
@@ -1559,10 +1563,11 @@ static bool cmd_http(struct conn *c) {
 }
 
 /* If the connection went on, the commands inside the transaction would be run one by one
-   while the client believes that none was. So a text connection is closed at once. With
-   RESP, all requests that have arrived get this error first (run_request), and then the
-   connection is closed (run_requests): a library sends a transaction as a whole, and can
-   report the error only after it has read a reply to each request. */
+   while the client believes that none was run. So a text connection is closed at once.
+   But a library sends a transaction as a whole, and can report the error only after it
+   has read a reply to each request; with closing set, next_request would take no more. So
+   with RESP, refuses is set: all requests that have arrived get this error (run_request),
+   and then the connection is closed (run_requests). */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->refuses = true;
     else c->closing = "it wants a transaction";
@@ -2085,7 +2090,7 @@ static struct {
        mutex is seen by the next thread that locks it: here, by the next writer.) */
     struct buf batch;   /* being written, or not written in full; else empty */
     size_t written;     /* so many of its bytes are in the file */
-    uint64_t batch_end; /* its last record */
+    uint64_t batch_end; /* its last record; if it is empty, all up to this one are safe */
 
     /* Read at any time, changed only with the lock: */
     atomic_uint_fast64_t safe; /* the last record that is safe, see section 8 */
@@ -2107,7 +2112,7 @@ static void format_sum_line(char *to, struct slice bytes) {
 
 /* Adds a record of n words to b. First makes room for all of it, and for the checksum
    line of a batch that may end with it: so a buffer with a record has room for that line.
-   Returns false when memory is out; b is as before then. */
+   Returns false when memory is out, and leaves b as it was. */
 static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     enum { MAX_HEADER = 24 };
     size_t room = MAX_HEADER + SUM_LINE + 1;
@@ -2125,7 +2130,7 @@ static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     return true;
 }
 
-/* Ends the batch in b with its checksum line. */
+/* Ends the batch in b with its checksum line, for which add_record has made room. */
 static void end_batch(struct buf *b) {
     struct slice records = {b->p, b->len};
     format_sum_line(b->p + b->len, records);
@@ -2197,10 +2202,9 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
    there is one, else a new one. Returns false when writing fails. Called with the lock,
-   which is released meanwhile. The caller has seen that there is no writer, and that a
-   record is not safe: after a failed write that record may be in batch; else it is in
-   gathered. So a new batch has a record, and with it room for its checksum line (see
-   add_record). */
+   which is released meanwhile. The caller has seen that there is no writer, and a record
+   that is not safe. If batch is empty, that record is in gathered: so a new batch has a
+   record, and with it room for its checksum line (see add_record). */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2216,10 +2220,10 @@ static bool be_writer(void) {
     return ok;
 }
 
-/* Waits until the records that c has seen are safe: while another thread is the writer,
-   this one waits; if none is, it becomes the writer. Returns false when writing fails.
-   First it lets other threads run, if some are ready and have no processor: they append
-   their records, so that more share a write. */
+/* Waits until the records that c has seen are safe. First lets other threads run, if some
+   are ready and have no processor: they append their records, so that more share a write.
+   Then, while another thread is the writer, this one waits; if none is, it becomes the
+   writer. Returns false when writing fails. */
 static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
@@ -2432,7 +2436,8 @@ static bool write_tables(int fd) {
             ok = ok && stopping == SERVING && write_batch_to(fd, &b);
         }
     }
-    ok = ok && write_batch_to(fd, &b) && sync_file(fd); /* b may be empty: no harm */
+    /* b may be empty now. Its memory has room for the checksum line all the same. */
+    ok = ok && write_batch_to(fd, &b) && sync_file(fd);
     free(b.p);
     return ok;
 }
@@ -2499,11 +2504,11 @@ static int open_and_lock(char *path) {
                                  compacts: locks a new file, gives it this name,
                                  and closes the old one, which ends its lock
          locks the old file,
-         which has no name now
+         which has no name now   (so each has locked a file, but not the same one)
 
-       The other kv gives the lock up only after the new file has the name. So this kv,
-       which has the lock now, checks that the name leads to the file that it has locked.
-       If it does, no other kv can compact any more: for that it would need this lock. */
+       So this kv, which has a lock now, looks where the name leads. To another file: the
+       other kv has compacted. To the file that it has locked: no other kv can compact it
+       any more, because for that it would need this lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2743,12 +2748,14 @@ static void wait_for_threads(int64_t ms) {
      SHUT_RD, 2 s      From now on, recv does not block: where it would, it returns 0, as
                        at the end of the input. (What has arrived, and on Linux also what
                        still arrives, comes first.) So a thread answers what there is, and
-                       then end_input ends it. recv returns 0 in hang_up, too, so it does
-                       not wait then: a client that still sends may miss its last replies.
+                       then end_input ends it.
      GIVING_UP, 0.5 s  A client that sends without a pause still has a thread. It runs
                        nothing more, and only sends the replies to what was run.
      SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
-                       now. */
+                       now.
+
+   The price: in hang_up, too, recv returns 0 now, so it does not wait for the client. If
+   the client still sends, it may miss its last replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
