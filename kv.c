@@ -86,7 +86,7 @@ struct text {
    atomic.) */
 enum stage {
     SERVING,
-    ANSWERING, /* no longer: what has arrived is answered, see stop_connections */
+    ANSWERING, /* a signal came: what has arrived is answered, see stop_connections */
     GIVING_UP, /* run nothing more, only send the replies to what was run */
 };
 static _Atomic enum stage stopping = SERVING;
@@ -359,7 +359,7 @@ struct conn {
     /* Since replies were last sent: */
     size_t replies;  /* so many are in out */
     bool writes;     /* one of the requests writes */
-    size_t recorded; /* bytes of keys and values for a file, counted also without one */
+    size_t recorded; /* bytes of keys and values that were changed, see run_requests */
     uint64_t seen;   /* last change that a reply shows, see The store in section 8 */
 
     /* The request at hand: */
@@ -409,7 +409,8 @@ static bool parse_int(struct slice s, int64_t *n) {
     return sum <= limit;
 }
 
-/* Whether a request could be taken off the input. WRONG: it has been answered. */
+/* Whether a request could be taken off the input. WRONG: it has been answered, and pos is
+   behind it, or closing is set. */
 enum outcome { COMPLETE, INCOMPLETE, WRONG };
 
 /* Answers a line that is wrong. why begins with a code word. */
@@ -977,7 +978,8 @@ static void heap_down(struct table *t, size_t slot, struct deadline d) {
 
 /* Takes e's deadline away, if it has one. The last of the heap takes its slot. It may
    come from another branch, and be sooner than its new parent: then it moves up, else
-   down, as far as it has to. Here 11 goes, and 3, the last, takes its slot and moves up:
+   down, as far as it has to. Here 11 (in slot 4) goes. 3, the last, takes its slot, where
+   10 is its parent, and moves up:
 
             1                   1
         10     2    --->     3     2
@@ -1362,7 +1364,7 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
         [^a-c]   any byte but a, b and c
         [c-a]    a, b or c: a range may be written either way round
         [\a-c]   a, - or c: an escaped byte begins no range, so - is a byte like others
-        [X-]     X to ]: any byte may end a range; the end of the pattern ends the class
+        [X-]     X to ]: the ] is a part of the range, so the class goes on, to the end
 
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
@@ -1409,12 +1411,13 @@ static bool match_item(const char **at, const char *end, char b) {
          b      3: a    no: from 4 on
          b      4: b    yes, and both end
 
-   A star at the end is followed by an empty piece, which is tried until s ends.
+   Only the last piece may have to move on after it has matched, because it must match at
+   the end of s. (A star at the end is followed by an empty piece.)
 
-   A piece begins behind the one before, so the number from only grows, over all pieces
-   together: there are about s.len tries at most, of pattern.len steps at most. With
-   megabytes of both that takes minutes. So once the server gives up, no other place is
-   tried: the result may be wrong then, but KEYS does not send it. */
+   Each try that fails adds 1 to the variable from, and a star sets it to i, which is
+   never smaller. So there are about s.len tries at most, of pattern.len steps at most.
+   With megabytes of both that takes minutes. So once the server gives up, no other place
+   is tried: the result may be wrong then, but KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *piece = NULL; /* the one behind the last star */
@@ -2090,7 +2093,7 @@ static struct {
        mutex is seen by the next thread that locks it: here, by the next writer.) */
     struct buf batch;   /* being written, or not written in full; else empty */
     size_t written;     /* so many of its bytes are in the file */
-    uint64_t batch_end; /* its last record; if it is empty, all up to this one are safe */
+    uint64_t batch_end; /* its last record; when batch is empty, all up to it are safe */
 
     /* Read at any time, changed only with the lock: */
     atomic_uint_fast64_t safe; /* the last record that is safe, see section 8 */
@@ -2203,8 +2206,9 @@ static bool write_batch(void) {
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
    there is one, else a new one. Returns false when writing fails. Called with the lock,
    which is released meanwhile. The caller has seen that there is no writer, and a record
-   that is not safe. If batch is empty, that record is in gathered: so a new batch has a
-   record, and with it room for its checksum line (see add_record). */
+   that is not safe. If batch is empty, all records up to batch_end are safe: so the one
+   that is not is a later one, and still in gathered. So a new batch has a record, and
+   with it room for its checksum line (see add_record). */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2506,9 +2510,9 @@ static int open_and_lock(char *path) {
          locks the old file,
          which has no name now   (so each has locked a file, but not the same one)
 
-       So this kv, which has a lock now, looks where the name leads. To another file: the
-       other kv has compacted. To the file that it has locked: no other kv can compact it
-       any more, because for that it would need this lock. */
+       So this kv, which has a lock now, looks where the name leads. If it leads to
+       another file, another kv has compacted. If it leads to the file that is locked, no
+       other kv can compact that: it would need this lock before and after the rename. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
