@@ -5476,7 +5476,7 @@ old_or_new() { # counts them in $olds and $news
     old_or_new
     ((news == 1))
     echo "a compaction takes $lasts ms"
-    kills=20 && if [[ $sanitized ]]; then kills=10; fi
+    kills=30 && if [[ $sanitized ]]; then kills=10; fi
     leftovers=0
     for ((kill = 0; kill < kills; kill++)); do
         ms=$((RANDOM % (lasts + 1)))
