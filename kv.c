@@ -1396,10 +1396,11 @@ static bool match_item(const char **at, const char *end, char b) {
 }
 
 /* Whether s matches a glob pattern. Stars divide the pattern into pieces, and each item
-   of a piece matches one byte. The piece behind a star is tried at one place of s after
-   the other, and the first place where it matches is taken: any later one leaves less of
-   s for the next pieces. So it never helps to go back to an earlier star. (Russ Cox,
-   "Glob Matching Can Be Simple And Fast Too", 2017.) "*a*b" and "xabab", for example:
+   of a piece matches one byte. The piece behind a star is tried at each place of s, and
+   the first place where it matches is taken, for good: if the rest of the pattern matches
+   with the piece at a later place, it also matches with the piece at this one, because
+   the next star can take the bytes between. (Russ Cox, "Glob Matching Can Be Simple And
+   Fast Too", 2017.) "*a*b" and "xabab", for example:
 
         item    byte
          *              the piece "a" is tried from 0 on
@@ -1414,10 +1415,10 @@ static bool match_item(const char **at, const char *end, char b) {
    Only the last piece may have to move on after it has matched, because it must match at
    the end of s. (A star at the end is followed by an empty piece.)
 
-   Each try that fails adds 1 to the variable from, and a star sets it to i, which is
-   never smaller. So there are about s.len tries at most, of pattern.len steps at most.
-   With megabytes of both that takes minutes. So once the server gives up, no other place
-   is tried: the result may be wrong then, but KEYS does not send it. */
+   The variable from only grows, and never passes s.len. So at most s.len tries fail, each
+   of them after at most pattern.len steps. With megabytes of both that takes minutes. So
+   once the server gives up, no other place is tried: the result may be wrong then, but
+   KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *piece = NULL; /* the one behind the last star */
@@ -2206,15 +2207,17 @@ static bool write_batch(void) {
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
    there is one, else a new one. Returns false when writing fails. Called with the lock,
    which is released meanwhile. The caller has seen that there is no writer, and a record
-   that is not safe. If batch is empty, all records up to batch_end are safe: so the one
-   that is not is a later one, and still in gathered. So a new batch has a record, and
-   with it room for its checksum line (see add_record). */
+   that is not safe.
+
+   end_batch needs room, which only a buffer with a record is sure to have. The new batch
+   has one: where batch is empty, all records up to batch_end are safe. So the record that
+   is not safe is a later one, and still in gathered. */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
     aof.has_writer = true;
     pthread_mutex_unlock(&aof.lock);
-    if (is_new) end_batch(&aof.batch);
+    if (is_new) end_batch(&aof.batch); /* another one has its checksum line already */
     bool ok = write_batch();
     pthread_mutex_lock(&aof.lock);
     if (ok) aof.safe = aof.batch_end;
@@ -2510,9 +2513,10 @@ static int open_and_lock(char *path) {
          locks the old file,
          which has no name now   (so each has locked a file, but not the same one)
 
-       So this kv, which has a lock now, looks where the name leads. If it leads to
-       another file, another kv has compacted. If it leads to the file that is locked, no
-       other kv can compact that: it would need this lock before and after the rename. */
+       A kv that compacts keeps the lock of the old file until after the rename. So when
+       this kv has got that lock, no rename is under way. If one is over, the name leads
+       to another file, and this kv ends. If not, no other kv can begin to compact,
+       because this kv has the lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
