@@ -120,6 +120,8 @@ teardown() {
     for fd in "${fds[@]}"; do exec {fd}>&-; done
     if ((${#helpers[@]})); then kill -9 "${helpers[@]}" 2>/dev/null || true; fi
     if [[ $pid ]]; then
+        # ThreadSanitizer loses a signal that reaches a thread which is just ending.
+        if [[ $sanitized = tsan ]] && ! ended; then patience=5 wait_until clients_are 0 || true; fi
         stop_kv || failed=1
         if ((status > 128)); then
             echo "kv crashed (signal $((status - 128)), $(kill -l "$status")). The same test says where with AddressSanitizer:"
