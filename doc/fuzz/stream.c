@@ -63,6 +63,15 @@ DRIVER static void drop_cr_of_refusal(void) {
     replies_len[run]--;
 }
 
+/* How many requests behind a transaction get its error depends on how many had arrived
+   when it was run. So only the first of these errors is compared. */
+DRIVER static void drop_errors_behind_transaction(void) {
+    static const char error[] = "-ERR kv has no transactions\r\n";
+    size_t n = sizeof error - 1;
+    char *at = memmem(replies[run], replies_len[run], error, n);
+    if (at) replies_len[run] = (size_t)(at - replies[run]) + n;
+}
+
 /* A hundred years later the expiry thread leaves nothing that has a deadline before. */
 DRIVER static void expire_all(void) {
     wall_ms += INT64_C(100) * 366 * 86400 * 1000;
@@ -92,6 +101,7 @@ DRIVER int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         until_failure = 0;
         CLAIM(clients == 0 && threads == 0);
         drop_cr_of_refusal();
+        drop_errors_behind_transaction();
         check_tables();
         expire_all();
         free_tables();
