@@ -537,7 +537,7 @@ static enum outcome read_header(char **at, char *end, int64_t *n) {
     char *digits = *at + 1;
     char *newline = memchr(*at, '\n', (size_t)(end - *at));
     if (!newline) return end - *at < LONGEST ? INCOMPLETE : WRONG;
-    if (newline[-1] != '\r') return WRONG;
+    if (newline[-1] != '\r') return WRONG; /* the type byte is there at least */
     *at = newline + 1;
     struct slice number = {digits, (size_t)(newline - 1 - digits)};
     return parse_int(number, n) ? COMPLETE : WRONG;
@@ -566,7 +566,8 @@ static enum outcome take_string(struct conn *c, char **at, char *end, int64_t ro
 }
 
 /* Takes an array off the input, its strings as argv. One that has arrived in part is read
-   from its beginning each time: that is at most MAX_WORDS short steps. */
+   from its beginning each time, in at most MAX_WORDS short steps: take_string skips the
+   bytes of a string. */
 static enum outcome take_array(struct conn *c) {
     char *start = c->in.p + c->pos, *at = start;
     char *end = c->in.p + c->in.len;
@@ -1093,7 +1094,8 @@ struct command {
    the highest, all others are safe.) Say A's SET becomes record 7: its shard's appended
    is 7. B gets the key: B's seen is 7, and aof_commit has B's reply wait until 7 is safe.
    It also waits if record 7 is about another key of this shard. That is more than is
-   needed, but saves a number in each entry. */
+   needed, but saves a number in each entry. And it works where A's command is DEL: then
+   there is no entry, but there still is the shard. */
 
 /* Appends a record of n words, and sets *number to its number; without --aof does
    nothing. Returns false when memory is out. */
@@ -1396,11 +1398,12 @@ static bool match_item(const char **at, const char *end, char b) {
 }
 
 /* Whether s matches a glob pattern. Stars divide the pattern into pieces, and each item
-   of a piece matches one byte. The piece behind a star is tried at each place of s, and
-   the first place where it matches is taken, for good: if the rest of the pattern matches
-   with the piece at a later place, it also matches with the piece at this one, because
-   the next star can take the bytes between. (Russ Cox, "Glob Matching Can Be Simple And
-   Fast Too", 2017.) "*a*b" and "xabab", for example:
+   of a piece matches one byte. The piece behind a star is tried at one place of s after
+   the other. If another star follows, the first place where the piece matches is as good
+   as any later one, because that star can take the bytes between: the piece is never
+   moved again. If no star follows, the piece (empty, if the star is the last item) must
+   end where s ends: it is moved on until it does. (Russ Cox, "Glob Matching Can Be Simple
+   And Fast Too", 2017.) "*a*b" and "xabab", for example:
 
         item    byte
          *              the piece "a" is tried from 0 on
@@ -1412,32 +1415,29 @@ static bool match_item(const char **at, const char *end, char b) {
          b      3: a    no: from 4 on
          b      4: b    yes, and both end
 
-   Only the last piece may have to move on after it has matched, because it must match at
-   the end of s. (A star at the end is followed by an empty piece.)
-
-   The variable from only grows, and never passes s.len. So at most s.len tries fail, each
-   of them after at most pattern.len steps. With megabytes of both that takes minutes. So
-   once the server gives up, no other place is tried: the result may be wrong then, but
-   KEYS does not send it. */
+   The place only grows, and never passes s.len. So at most s.len tries fail, each of them
+   after at most pattern.len steps. With megabytes of both that takes minutes. So once the
+   server gives up, no other place is tried: the result may be wrong then, but KEYS does
+   not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *p = pattern.p, *end = p + pattern.len;
     const char *piece = NULL; /* the one behind the last star */
-    size_t from = 0;          /* where in s it is tried */
+    size_t place = 0;         /* where in s it is tried */
     size_t i = 0;
     while (i < s.len) {
         const char *next = p;
         if (p < end && *p == '*') {
             p++;
             piece = p;
-            from = i;
+            place = i;
         } else if (p < end && match_item(&next, end, s.p[i])) {
             p = next;
             i++;
         } else if (piece && stopping != GIVING_UP) {
             /* No match, or the pattern ends too early: try the next place. */
-            from++;
+            place++;
             p = piece;
-            i = from;
+            i = place;
         } else {
             return false;
         }
@@ -1479,7 +1479,8 @@ static bool cmd_keys(struct conn *c) {
     for (long i = 0; i < opt.shards && stopping != GIVING_UP; i++) {
         keys.len = 0;
         copy_keys(c, &shards[i], &keys);
-        for (size_t at = 0; at < keys.len && !keys.failed;) {
+        if (keys.failed) break;
+        for (size_t at = 0; at < keys.len && stopping != GIVING_UP;) {
             size_t start = at;
             if (!glob_match(pattern, next_key(&keys, &at))) continue;
             buf_add(&found, keys.p + start, at - start);
@@ -1569,9 +1570,9 @@ static bool cmd_http(struct conn *c) {
 /* If the connection went on, the commands inside the transaction would be run one by one
    while the client believes that none was run. So a text connection is closed at once.
    But a library sends a transaction as a whole, and can report the error only after it
-   has read a reply to each request; with closing set, next_request would take no more. So
-   with RESP, refuses is set: all requests that have arrived get this error (run_request),
-   and then the connection is closed (run_requests). */
+   has read a reply to each request. So with RESP, refuses is set: each request that has
+   arrived gets this error (run_request), and when there are no more, the connection is
+   closed (read_more). */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->refuses = true;
     else c->closing = "it wants a transaction";
@@ -1968,7 +1969,7 @@ static void end_input(struct conn *c) {
 }
 
 /* Waits for input, up to --timeout, and appends it to what there is of a request. If
-   there will be no more, says in closing why. */
+   there will be no more, says in closing why. After a transaction it does not wait. */
 static void read_more(struct conn *c) {
     struct buf *in = &c->in;
     in->len -= c->pos;
@@ -1982,11 +1983,12 @@ static void read_more(struct conn *c) {
         return;
     }
     ssize_t n;
-    do n = recv(c->fd, to, in->cap - in->len, 0);
+    do n = recv(c->fd, to, in->cap - in->len, c->refuses ? MSG_DONTWAIT : 0);
     while (n < 0 && errno == EINTR);
     if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
+    if (n < 0 && c->refuses) c->closing = "it wants a transaction";
     /* A read that fills the buffer has probably left more. So the buffer is doubled for
        the next read, up to IO_CHUNK. (It grows further, above, for a long request. If
        there is no memory here, the next call sees that, and closes the connection.) */
@@ -2007,8 +2009,6 @@ static void run_requests(struct conn *c, const char *client) {
         }
         if (c->out.len + c->recorded >= IO_CHUNK) send_replies(c);
     }
-    /* Requests that arrive later get no reply. */
-    if (c->refuses) c->closing = "it wants a transaction";
 }
 
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
@@ -2209,9 +2209,9 @@ static bool write_batch(void) {
    which is released meanwhile. The caller has seen that there is no writer, and a record
    that is not safe.
 
-   end_batch needs room, which only a buffer with a record is sure to have. The new batch
-   has one: where batch is empty, all records up to batch_end are safe. So the record that
-   is not safe is a later one, and still in gathered. */
+   A new batch has at least one record: if batch is empty, all records up to batch_end are
+   safe, so the one that is not safe has come later, and is still in gathered. Therefore
+   the batch has room for its checksum line, as add_record promises. */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2386,7 +2386,7 @@ static size_t replay_file(int fd, size_t size, const char *header) {
     if (memcmp(p, header, size < SUM_LINE ? size : SUM_LINE) != 0)
         die(1,
             "%s is not a file of kv; a file of commands, such as Redis's own without "
-            "preamble, can be sent to kv with nc",
+            "preamble and transactions, can be sent to kv with nc",
             opt.aof);
     size_t good = size < SUM_LINE ? 0 : replay((struct slice){p, size});
     munmap(p, size + 1);
@@ -2514,9 +2514,9 @@ static int open_and_lock(char *path) {
          which has no name now   (so each has locked a file, but not the same one)
 
        A kv that compacts keeps the lock of the old file until after the rename. So when
-       this kv has got that lock, no rename is under way. If one is over, the name leads
-       to another file, and this kv ends. If not, no other kv can begin to compact,
-       because this kv has the lock. */
+       this kv has got that lock, no rename is under way. Either the other kv has renamed:
+       then the name leads to another file, and this kv ends. Or no kv has renamed: then
+       none will, because it would need the lock that this kv has. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2530,12 +2530,14 @@ static void aof_open(void) {
     int fd = open_and_lock(path);
     off_t size = lseek(fd, 0, SEEK_END);
     if (size < 0) die_of_aof("read");
-    if ((uintmax_t)size >= SIZE_MAX) die(1, "%s is too large for this machine", opt.aof);
+    if ((uintmax_t)size >= PTRDIFF_MAX)
+        die(1, "%s is too large for this machine", opt.aof);
     off_t good = (off_t)replay_file(fd, (size_t)size, header);
     if (good < size)
         say(WARN, "%s: torn at byte %jd, %jd bytes cut off", opt.aof, (intmax_t)good,
             (intmax_t)(size - good));
     if (ftruncate(fd, good) < 0) die_of_aof("truncate");
+    /* A new file, or one whose first line was torn, gets its header. */
     if (good == 0 && write(fd, header, SUM_LINE) != SUM_LINE) die_of_aof("write");
     if (!sync_file(fd)) die_of_aof("fsync");
     aof.safe = aof.end;
@@ -2762,8 +2764,9 @@ static void wait_for_threads(int64_t ms) {
      SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
                        now.
 
-   The price: in hang_up, too, recv returns 0 now, so it does not wait for the client. If
-   the client still sends, it may miss its last replies. */
+   The price: hang_up reads until the client closes, and takes the 0 that recv returns now
+   for that. So it closes at once, and a client that still sends may miss its last
+   replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);

@@ -2028,6 +2028,21 @@ resp_of() { # BYTES
 }
 
 # bats test_tags=guards
+@test "each request of a long transaction that has arrived gets the error" {
+    start_kv
+    for count in 100 1000; do # 3 KB and 30 KB: kv takes them in several reads
+        connect
+        kill -STOP "$pid" # so that all has arrived
+        { resp MULTI && for ((i = 0; i < count; i++)); do resp DECRBY n 1; done && resp EXEC; } >&"$c"
+        kill -CONT "$pid"
+        rest "$c" >"$tmp/out"
+        (($(grep -c $'^-ERR kv has no transactions\r$' "$tmp/out") == count + 2))
+        (($(wc -l <"$tmp/out") == count + 2))
+    done
+    ask 'EXISTS n' | is 0
+}
+
+# bats test_tags=guards
 @test "a transaction of redis-py fails as a whole, and says why" {
     /usr/bin/python3 -c 'import redis' 2>/dev/null ||
         skip "redis-py is missing: make deps-all installs it (python3-redis)"
