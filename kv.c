@@ -979,8 +979,8 @@ static void heap_down(struct table *t, size_t slot, struct deadline d) {
 
 /* Takes e's deadline away, if it has one. The last of the heap takes its slot. It may
    come from another branch, and be sooner than its new parent: then it moves up, else
-   down, as far as it has to. Here 11 (in slot 4) goes. 3, the last, takes its slot, where
-   10 is its parent, and moves up:
+   down, as far as it has to. Here 11 (slot 4) goes. 3, the last (slot 6), takes its slot,
+   where 10 (slot 2) is its parent, and moves up:
 
             1                   1
         10     2    --->     3     2
@@ -1366,7 +1366,7 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
         [^a-c]   any byte but a, b and c
         [c-a]    a, b or c: a range may be written either way round
         [\a-c]   a, - or c: an escaped byte begins no range, so - is a byte like others
-        [X-]     X to ]: the ] is a part of the range, so the class goes on, to the end
+        [X-]     X to ]: this ] is a part of the range, so the class goes on behind it
 
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
@@ -1397,53 +1397,54 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. Stars divide the pattern into pieces, and each item
-   of a piece matches one byte. The piece behind a star is tried at one place of s after
-   the other. If another star follows, the first place where the piece matches is as good
-   as any later one, because that star can take the bytes between: the piece is never
-   moved again. If no star follows, the piece (empty, if the star is the last item) must
-   end where s ends: it is moved on until it does. (Russ Cox, "Glob Matching Can Be Simple
-   And Fast Too", 2017.) "*a*b" and "xabab", for example:
-
-        item    byte
-         *              the piece "a" is tried from 0 on
-         a      0: x    no: from 1 on
-         a      1: a    yes
-         *              the piece "b" is tried from 2 on
-         b      2: b    yes
-        end     3: a    the pattern ends too early: "b" is tried from 3 on
-         b      3: a    no: from 4 on
-         b      4: b    yes, and both end
-
-   The place only grows, and never passes s.len. So at most s.len tries fail, each of them
-   after at most pattern.len steps. With megabytes of both that takes minutes. So once the
-   server gives up, no other place is tried: the result may be wrong then, but KEYS does
-   not send it. */
-static bool glob_match(struct slice pattern, struct slice s) {
-    const char *p = pattern.p, *end = p + pattern.len;
-    const char *piece = NULL; /* the one behind the last star */
-    size_t place = 0;         /* where in s it is tried */
-    size_t i = 0;
-    while (i < s.len) {
-        const char *next = p;
-        if (p < end && *p == '*') {
-            p++;
-            piece = p;
-            place = i;
-        } else if (p < end && match_item(&next, end, s.p[i])) {
-            p = next;
-            i++;
-        } else if (piece && stopping != GIVING_UP) {
-            /* No match, or the pattern ends too early: try the next place. */
-            place++;
-            p = piece;
-            i = place;
-        } else {
-            return false;
-        }
+/* Moves *p behind the items of a piece: to the next star, or to the end of the pattern.
+   Returns how many items it has. */
+static size_t skip_piece(const char **p, const char *end) {
+    size_t items = 0;
+    while (*p < end && **p != '*') {
+        match_item(p, end, 0);
+        items++;
     }
-    while (p < end && *p == '*') p++; /* s is used up: only stars may be left */
-    return p == end;
+    return items;
+}
+
+/* Whether the items from p to end match the bytes at s, of which there are enough. */
+static bool match_piece(const char *p, const char *end, const char *s) {
+    while (p < end) {
+        if (!match_item(&p, end, *s)) return false;
+        s++;
+    }
+    return true;
+}
+
+/* Whether s matches a glob pattern. Stars divide the pattern into pieces: "ab*[cd]*?e"
+   has "ab", "[cd]" and "?e". Each item of a piece matches one byte. The first piece must
+   match at the start of s, and the last one at its end. A piece between two stars is
+   taken at the first place where it matches. A later place would be no better: the star
+   behind it can take any bytes. So no piece that was taken is ever moved again. (Russ
+   Cox, "Glob Matching Can Be Simple And Fast Too", 2017.)
+
+   A place is tried for one piece only, or skipped. With megabytes of pattern and key that
+   takes minutes all the same. So once the server gives up, this stops: the result may be
+   wrong then, but KEYS does not send it. */
+static bool glob_match(struct slice pattern, struct slice s) {
+    const char *piece = pattern.p, *p = piece, *end = piece + pattern.len;
+    size_t items = skip_piece(&p, end);
+    if (items > s.len || !match_piece(piece, p, s.p)) return false;
+    if (p == end) return items == s.len; /* no star */
+    size_t place = items;
+    for (;;) {
+        p++; /* behind the star */
+        piece = p;
+        items = skip_piece(&p, end);
+        if (items > s.len - place) return false;
+        if (p == end) return match_piece(piece, p, s.p + s.len - items);
+        while (!match_piece(piece, p, s.p + place)) {
+            place++;
+            if (items > s.len - place || stopping == GIVING_UP) return false;
+        }
+        place += items;
+    }
 }
 
 /* Adds the keys of a shard to keys: of each its length, then its bytes. The shard is
@@ -1582,14 +1583,15 @@ static bool cmd_transaction(struct conn *c) {
 /* The first line of --password-file; empty: nobody needs one. */
 static char password[1024];
 
-/* Takes the same time wherever the word is wrong, so the time tells nothing about the
-   password. */
+/* Takes the same time at whichever byte the word is wrong, so the time tells nothing
+   about the password. */
 static bool is_password(struct slice word) {
     size_t len = strlen(password);
     bool ok = word.len == len;
-    for (size_t i = 0; i < word.len; i++)
-        if (word.p[i] != password[i % sizeof password])
-            ok = false; /* %: word may be longer than password */
+    for (size_t i = 0; i < word.len; i++) {
+        /* word may be longer than password: % keeps the index inside. */
+        if (word.p[i] != password[i % sizeof password]) ok = false;
+    }
     return ok;
 }
 
@@ -2207,17 +2209,14 @@ static bool write_batch(void) {
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
    there is one, else a new one. Returns false when writing fails. Called with the lock,
    which is released meanwhile. The caller has seen that there is no writer, and a record
-   that is not safe.
-
-   A new batch has at least one record: if batch is empty, all records up to batch_end are
-   safe, so the one that is not safe has come later, and is still in gathered. Therefore
-   the batch has room for its checksum line, as add_record promises. */
+   that is not safe. Such a record is in batch or in gathered. So a new batch is never
+   empty, and therefore has room for its checksum line: add_record made it. */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
     aof.has_writer = true;
     pthread_mutex_unlock(&aof.lock);
-    if (is_new) end_batch(&aof.batch); /* another one has its checksum line already */
+    if (is_new) end_batch(&aof.batch); /* an old one has its checksum line already */
     bool ok = write_batch();
     pthread_mutex_lock(&aof.lock);
     if (ok) aof.safe = aof.batch_end;
@@ -2449,7 +2448,8 @@ static bool write_tables(int fd) {
     return ok;
 }
 
-/* The lock ends when this process closes the file, or ends. */
+/* Returns false, and does not wait, if another process has the lock. The lock ends when
+   this process closes the file, or ends. */
 static bool lock_file(int fd) {
     struct flock whole_file = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     return fcntl(fd, F_SETLK, &whole_file) == 0;
@@ -2513,10 +2513,9 @@ static int open_and_lock(char *path) {
          locks the old file,
          which has no name now   (so each has locked a file, but not the same one)
 
-       A kv that compacts keeps the lock of the old file until after the rename. So when
-       this kv has got that lock, no rename is under way. Either the other kv has renamed:
-       then the name leads to another file, and this kv ends. Or no kv has renamed: then
-       none will, because it would need the lock that this kv has. */
+       A kv gives the name to a new file only while it has the lock of the old one
+       (compact). So from here on nobody can take the name away from the file that this kv
+       has locked. If the name already leads to another file, this kv ends. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2540,7 +2539,7 @@ static void aof_open(void) {
     /* A new file, or one whose first line was torn, gets its header. */
     if (good == 0 && write(fd, header, SUM_LINE) != SUM_LINE) die_of_aof("write");
     if (!sync_file(fd)) die_of_aof("fsync");
-    aof.safe = aof.end;
+    aof.safe = aof.end; /* what was replayed is in the file */
     aof.fd = compact(path, fd);
     sync_directory(path);
 }
@@ -2764,8 +2763,8 @@ static void wait_for_threads(int64_t ms) {
      SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
                        now.
 
-   The price: hang_up reads until the client closes, and takes the 0 that recv returns now
-   for that. So it closes at once, and a client that still sends may miss its last
+   The price: where recv returns 0, hang_up believes that the client has closed. Now recv
+   always does. So hang_up closes at once, and a client that still sends may miss its last
    replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
