@@ -979,12 +979,12 @@ static void heap_down(struct table *t, size_t slot, struct deadline d) {
 
 /* Takes e's deadline away, if it has one. The last of the heap takes its slot. It may
    come from another branch, and be sooner than its new parent: then it moves up, else
-   down, as far as it has to. Here 11 (slot 4) goes. 3, the last (slot 6), takes its slot,
-   where 10 (slot 2) is its parent, and moves up:
+   down, as far as it has to. Here 11, in slot 4, goes. 3, the last, takes its slot, where
+   10, in slot 2, is its parent. So it moves up:
 
-            1                   1
-        10     2    --->     3     2
-       11 12  3            10 12
+        slot      1   2   3   4   5   6
+        before    1  10   2  11  12   3
+        after     1   3   2  10  12
    */
 static void deadline_clear(struct table *t, struct entry *e) {
     size_t slot = e->slot;
@@ -1084,10 +1084,11 @@ struct command {
    So when memory is out nothing has been changed, here or there. All this is done while
    the key's shard is locked: the file has the order in which things happened.
 
-   Records are numbered 1, 2, 3 and so on. A record is safe when it is in the file; with
-   "--fsync always", when it is on the disk, too. Before a reply is sent, the records that
-   it reveals must be safe, also when another client wrote them: if B reads what A has
-   stored, and a crash then undoes it, B knows something that never was.
+   Records are numbered 1, 2, 3 and so on, in each run anew: the numbers are not in the
+   file. A record is safe when it is in the file; with "--fsync always", when it is on the
+   disk, too. Before a reply is sent, the records that it reveals must be safe, also when
+   another client wrote them: if B reads what A has stored, and a crash then undoes it, B
+   has seen what never was.
 
    A shard keeps the number of its last record. A connection keeps the highest number that
    it has seen in a shard, also from its own changes. (Records become safe in order: with
@@ -1376,6 +1377,7 @@ static bool match_class(const char **at, const char *end, unsigned char b) {
     while (p < end && *p != ']') {
         bool escaped = *p == '\\' && end - p > 1;
         if (escaped) p++;
+        /* p[2] may be a ]: then it does not end the class. */
         bool is_range = !escaped && end - p > 2 && p[1] == '-';
         unsigned char first = (unsigned char)p[0];
         unsigned char last = (unsigned char)p[is_range ? 2 : 0]; /* one byte: first */
@@ -1398,48 +1400,46 @@ static bool match_item(const char **at, const char *end, char b) {
 }
 
 /* Moves *p behind the items of a piece: to the next star, or to the end of the pattern.
-   Returns how many items it has. */
+   Returns how many items there are. */
 static size_t skip_piece(const char **p, const char *end) {
     size_t items = 0;
     while (*p < end && **p != '*') {
-        match_item(p, end, 0);
+        match_item(p, end, 0); /* any byte: only *p matters here */
         items++;
     }
     return items;
 }
 
-/* Whether the items from p to end match the bytes at s, of which there are enough. */
-static bool match_piece(const char *p, const char *end, const char *s) {
-    while (p < end) {
-        if (!match_item(&p, end, *s)) return false;
-        s++;
-    }
+/* Whether the items from p on match as many bytes of s. */
+static bool match_piece(const char *p, const char *end, size_t items, const char *s) {
+    for (size_t i = 0; i < items; i++)
+        if (!match_item(&p, end, s[i])) return false;
     return true;
 }
 
 /* Whether s matches a glob pattern. Stars divide the pattern into pieces: "ab*[cd]*?e"
    has "ab", "[cd]" and "?e". Each item of a piece matches one byte. The first piece must
    match at the start of s, and the last one at its end. A piece between two stars is
-   taken at the first place where it matches. A later place would be no better: the star
-   behind it can take any bytes. So no piece that was taken is ever moved again. (Russ
+   taken at the first place where it matches. A later place would be no better, because
+   the star behind the piece can take any bytes. So no piece is ever moved again. (Russ
    Cox, "Glob Matching Can Be Simple And Fast Too", 2017.)
 
-   A place is tried for one piece only, or skipped. With megabytes of pattern and key that
-   takes minutes all the same. So once the server gives up, this stops: the result may be
-   wrong then, but KEYS does not send it. */
+   A piece may be tried at each byte of s, and each time be compared nearly to its end.
+   With a megabyte of both that takes minutes. So once the server gives up, this stops:
+   the result may be wrong then, but KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *piece = pattern.p, *p = piece, *end = piece + pattern.len;
     size_t items = skip_piece(&p, end);
-    if (items > s.len || !match_piece(piece, p, s.p)) return false;
+    if (items > s.len || !match_piece(piece, end, items, s.p)) return false;
     if (p == end) return items == s.len; /* no star */
-    size_t place = items;
+    size_t place = items; /* where the next piece may begin; at most s.len */
     for (;;) {
         p++; /* behind the star */
         piece = p;
         items = skip_piece(&p, end);
         if (items > s.len - place) return false;
-        if (p == end) return match_piece(piece, p, s.p + s.len - items);
-        while (!match_piece(piece, p, s.p + place)) {
+        if (p == end) return match_piece(piece, end, items, s.p + s.len - items);
+        while (!match_piece(piece, end, items, s.p + place)) {
             place++;
             if (items > s.len - place || stopping == GIVING_UP) return false;
         }
@@ -1583,8 +1583,8 @@ static bool cmd_transaction(struct conn *c) {
 /* The first line of --password-file; empty: nobody needs one. */
 static char password[1024];
 
-/* Takes the same time at whichever byte the word is wrong, so the time tells nothing
-   about the password. */
+/* Takes the same time whichever byte of the word is wrong, so that nobody learns anything
+   about the password from the time. */
 static bool is_password(struct slice word) {
     size_t len = strlen(password);
     bool ok = word.len == len;
@@ -2077,8 +2077,8 @@ static void *conn_main(void *arg) {
    records share a write and an fsync.
 
    Say the disk becomes full while the writer writes a batch, records 5 to 7, and record 8
-   has gathered meanwhile. The writer sets broken, and is done. Of the threads that wait
-   for records 5 to 8, those that wrote reply MISCONF; those that only read reply as usual
+   has gathered meanwhile. The writer sets broken, and is done. Some threads wait for
+   these records. Those with a request that writes answer MISCONF, the others as usual
    (send_replies). While broken is set, requests that would write are refused
    (run_request). Only the expiry thread still tries to write, once a second
    (aof_write_all). It begins with the rest of the batch. Once that is in the file, safe
@@ -2136,7 +2136,8 @@ static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     return true;
 }
 
-/* Ends the batch in b with its checksum line, for which add_record has made room. */
+/* Ends the batch in b with its checksum line. There is a record in b, and add_record has
+   made room for the line behind it. */
 static void end_batch(struct buf *b) {
     struct slice records = {b->p, b->len};
     format_sum_line(b->p + b->len, records);
@@ -2208,9 +2209,8 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
    there is one, else a new one. Returns false when writing fails. Called with the lock,
-   which is released meanwhile. The caller has seen that there is no writer, and a record
-   that is not safe. Such a record is in batch or in gathered. So a new batch is never
-   empty, and therefore has room for its checksum line: add_record made it. */
+   which is released meanwhile, when there is no writer and a record that is not safe: it
+   is in batch, or else in gathered. */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2327,7 +2327,7 @@ static void replay_record(struct conn *c) {
     size_t at = c->pos;
     c->argc = c->out.len = 0;
     bool ok = take_array(c) == COMPLETE && c->argc > 0 && run_request(c);
-    aof.end++; /* counted for compact */
+    aof.end++; /* compact wants to know how many there are */
     if (c->out.failed) die(1, "%s: at byte %zu: out of memory", opt.aof, at);
     if (!ok) {
         struct slice reply = {c->out.p, c->out.len};
@@ -2513,9 +2513,10 @@ static int open_and_lock(char *path) {
          locks the old file,
          which has no name now   (so each has locked a file, but not the same one)
 
-       A kv gives the name to a new file only while it has the lock of the old one
-       (compact). So from here on nobody can take the name away from the file that this kv
-       has locked. If the name already leads to another file, this kv ends. */
+       To compact, a kv must have the lock of the old file until after the rename. So when
+       this kv gets that lock, there are two cases. The rename has happened: then the name
+       leads to another file, and this kv ends. It has not happened: then it cannot happen
+       any more, because this kv has the lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2763,9 +2764,9 @@ static void wait_for_threads(int64_t ms) {
      SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
                        now.
 
-   The price: where recv returns 0, hang_up believes that the client has closed. Now recv
-   always does. So hang_up closes at once, and a client that still sends may miss its last
-   replies. */
+   The price: in hang_up, too, recv returns 0 where it would wait. So hang_up does not
+   wait until the client has closed. A client that still sends may then miss its last
+   replies, as is said there. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);
