@@ -100,6 +100,7 @@ judge() { # N NAME: the program gets a path of its own, made at random
         ((skipped == 0)) || because "a test that is skipped finds nothing"
         ((failed == 0)) || because "your tests fail on a correct kv"
     done
+    : >"$built/passed"
 }
 
 @test "seven of ten mutants are caught" {
@@ -109,11 +110,14 @@ judge() { # N NAME: the program gets a path of its own, made at random
         return
     fi
     can_be_read >"$tmp/said" || because "your file has a syntax error: see above"
+    if [[ ! -e $built/passed ]]; then # the first test has failed, or was not asked for
+        judge_all harmless
+        read -r tests skipped failed <"$tmp/1"
+        ((tests > 0 && failed == 0)) || because "your tests fail on a correct kv, so they catch nothing"
+    fi
     mapfile -t ten < <(mutants)
     build_all "${ten[@]}"
-    judge_all "${ten[@]}" harmless
-    read -r tests skipped failed <"$tmp/$((${#ten[@]} + 1))"
-    ((tests > 0 && failed == 0)) || because "your tests fail on a correct kv, so they catch nothing"
+    judge_all "${ten[@]}"
     for ((n = 1; n <= ${#ten[@]}; n++)); do
         class=$(sed -n 's/^# class: //p' "$repo/doc/mutants/${ten[n - 1]}.patch")
         read -r tests skipped failed <"$tmp/$n"
