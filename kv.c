@@ -1093,7 +1093,7 @@ struct command {
    A shard keeps the number of its last record. A connection keeps the highest number that
    it has seen in a shard, also from its own changes. (Records become safe in order: with
    the highest, all others are safe.) Say A's SET becomes record 7: its shard's appended
-   is 7. B gets the key: B's seen is 7, and aof_commit has B's reply wait until 7 is safe.
+   is 7. B gets the key: B's seen is 7, and aof_commit delays B's reply until 7 is safe.
    It also waits if record 7 is about another key of this shard. That is more than is
    needed, but saves a number in each entry. And it works where A's command is DEL: then
    there is no entry, but there still is the shard. */
@@ -1367,7 +1367,7 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
         [^a-c]   any byte but a, b and c
         [c-a]    a, b or c: a range may be written either way round
         [\a-c]   a, - or c: an escaped byte begins no range, so - is a byte like others
-        [X-]     X to ]: this ] is a part of the range, so the class goes on behind it
+        [X-]a]   X to ], or a: a ] at the end of a range does not end the class
 
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
@@ -1377,7 +1377,7 @@ static bool match_class(const char **at, const char *end, unsigned char b) {
     while (p < end && *p != ']') {
         bool escaped = *p == '\\' && end - p > 1;
         if (escaped) p++;
-        /* p[2] may be a ]: then it does not end the class. */
+        /* p[2] may be a ], which does not end the class then. */
         bool is_range = !escaped && end - p > 2 && p[1] == '-';
         unsigned char first = (unsigned char)p[0];
         unsigned char last = (unsigned char)p[is_range ? 2 : 0]; /* one byte: first */
@@ -1422,11 +1422,16 @@ static bool match_piece(const char *p, const char *end, size_t items, const char
    match at the start of s, and the last one at its end. A piece between two stars is
    taken at the first place where it matches. A later place would be no better, because
    the star behind the piece can take any bytes. So no piece is ever moved again. (Russ
-   Cox, "Glob Matching Can Be Simple And Fast Too", 2017.)
+   Cox, "Glob Matching Can Be Simple And Fast Too", 2017.) For example:
+
+        pattern   ab  *  [cd]  *   ?e      "ab" is at 0, "[cd]" at 3, "?e" at 6; the c,
+        s         ab  x   d    cy  ze      which comes later, belongs to the second star
+
+   An empty piece, as in "a*" or "a**b", matches anywhere.
 
    A piece may be tried at each byte of s, and each time be compared nearly to its end.
-   With a megabyte of both that takes minutes. So once the server gives up, this stops:
-   the result may be wrong then, but KEYS does not send it. */
+   If s and the pattern have a megabyte each, that takes minutes. So once the server gives
+   up, this stops: the result may be wrong then, but KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
     const char *piece = pattern.p, *p = piece, *end = piece + pattern.len;
     size_t items = skip_piece(&p, end);
@@ -1573,7 +1578,7 @@ static bool cmd_http(struct conn *c) {
    But a library sends a transaction as a whole, and can report the error only after it
    has read a reply to each request. So with RESP, refuses is set: each request that has
    arrived gets this error (run_request), and when there are no more, the connection is
-   closed (read_more). */
+   closed (read_more). What is still on its way then gets no reply. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->refuses = true;
     else c->closing = "it wants a transaction";
@@ -2116,9 +2121,8 @@ static void format_sum_line(char *to, struct slice bytes) {
     snprintf(to, SUM_LINE + 1, "#SUM:%016" PRIx64 "\r\n", siphash(checksum_key, bytes));
 }
 
-/* Adds a record of n words to b. First makes room for all of it, and for the checksum
-   line of a batch that may end with it: so a buffer with a record has room for that line.
-   Returns false when memory is out, and leaves b as it was. */
+/* Adds a record of n words to b. Makes room for all of it first, and for a checksum line
+   behind it. Returns false when memory is out, and leaves b as it was. */
 static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     enum { MAX_HEADER = 24 };
     size_t room = MAX_HEADER + SUM_LINE + 1;
@@ -2136,8 +2140,7 @@ static bool add_record(struct buf *b, const struct slice *words, size_t n) {
     return true;
 }
 
-/* Ends the batch in b with its checksum line. There is a record in b, and add_record has
-   made room for the line behind it. */
+/* Ends the batch in b with its checksum line, for which add_record has made room. */
 static void end_batch(struct buf *b) {
     struct slice records = {b->p, b->len};
     format_sum_line(b->p + b->len, records);
@@ -2208,9 +2211,9 @@ static bool write_batch(void) {
 }
 
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
-   there is one, else a new one. Returns false when writing fails. Called with the lock,
-   which is released meanwhile, when there is no writer and a record that is not safe: it
-   is in batch, or else in gathered. */
+   there is one, else a new one. Returns false when writing fails. The caller has the
+   lock, and has seen that there is no writer and that some record is not safe: it is in
+   batch or in gathered. The lock is released while this thread writes. */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2237,7 +2240,7 @@ static bool aof_commit(struct conn *c) {
     pthread_mutex_lock(&aof.lock);
     while (aof.safe < c->seen && !aof.broken) {
         if (aof.has_writer) pthread_cond_wait(&aof.done, &aof.lock);
-        else be_writer(); /* it sets safe, or broken */
+        else be_writer(); /* raises safe, maybe not far enough yet, or sets broken */
     }
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= c->seen;
@@ -2442,7 +2445,7 @@ static bool write_tables(int fd) {
             ok = ok && stopping == SERVING && write_batch_to(fd, &b);
         }
     }
-    /* b may be empty now. Its memory has room for the checksum line all the same. */
+    /* b may be empty now, and so may a batch. There still is room for the line. */
     ok = ok && write_batch_to(fd, &b) && sync_file(fd);
     free(b.p);
     return ok;
@@ -2503,20 +2506,9 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* A lock belongs to a file, not to its name. So this may have happened:
-
-         this kv                 another kv, which starts, too
-                                 locks the file
-         opens the file
-                                 compacts: locks a new file, gives it this name,
-                                 and closes the old one, which ends its lock
-         locks the old file,
-         which has no name now   (so each has locked a file, but not the same one)
-
-       To compact, a kv must have the lock of the old file until after the rename. So when
-       this kv gets that lock, there are two cases. The rename has happened: then the name
-       leads to another file, and this kv ends. It has not happened: then it cannot happen
-       any more, because this kv has the lock. */
+    /* A lock belongs to a file, not to its name. Another kv may have compacted after our
+       open: then it has given the name to a new file, and closed the old one, which this
+       kv has locked now. (It cannot do so from here on: it would need this lock.) */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2764,9 +2756,8 @@ static void wait_for_threads(int64_t ms) {
      SHUT_RDWR, 1 s    A client that takes no replies still has a thread. Its send fails
                        now.
 
-   The price: in hang_up, too, recv returns 0 where it would wait. So hang_up does not
-   wait until the client has closed. A client that still sends may then miss its last
-   replies, as is said there. */
+   The price: in hang_up, too, recv returns 0 now, as if the client had closed, so hang_up
+   closes without waiting. A client that still sends may then miss its last replies. */
 static void stop_connections(void) {
     shut_down_all(SHUT_RD);
     wait_for_threads(2000);

@@ -193,6 +193,7 @@ hunt_with() { # PROGRAM: sets $tests, $failed and $skipped to how many there are
     failed=$(grep -c '^not ok ' "$found") || true
     skipped=$(grep -cE '^(not )?ok .*# skip' "$found") || true
     if ((status == 124)); then failed=1 && echo "your tests did not end within ${hunt_time:-18} s"; fi
+    if ((status != 0 && failed == 0)); then failed=1 && echo "bats ended with status $status"; fi
     cat "$found"
 }
 
