@@ -587,8 +587,9 @@ static enum outcome take_array(struct conn *c) {
 }
 
 /* Takes the next request off the input into argv. Returns false when none has arrived in
-   full. argc is 0 if there is nothing to run: a line without words, or a request that was
-   wrong and has been answered. The words are valid until more is read. */
+   full. argc is 0 if there is nothing to run: a line without words, an empty array, or a
+   request that was wrong and has been answered. The words are valid until more is
+   read. */
 static bool next_request(struct conn *c) {
     if (c->closing || c->pos == c->in.len) return false;
     if (c->in.p[c->pos] == '\xff') { /* Ctrl-C in telnet */
@@ -1420,14 +1421,11 @@ static bool match_piece(const char *p, const char *end, size_t items, const char
 /* Whether s matches a glob pattern. Stars divide the pattern into pieces: "ab*[cd]*?e"
    has "ab", "[cd]" and "?e". Each item of a piece matches one byte. The first piece must
    match at the start of s, and the last one at its end. A piece between two stars is
-   taken at the first place where it matches. A later place would be no better, because
-   the star behind the piece can take any bytes. So no piece is ever moved again. (Russ
-   Cox, "Glob Matching Can Be Simple And Fast Too", 2017.) For example:
-
-        pattern   ab  *  [cd]  *   ?e      "ab" is at 0, "[cd]" at 3, "?e" at 6; the c,
-        s         ab  x   d    cy  ze      which comes later, belongs to the second star
-
-   An empty piece, as in "a*" or "a**b", matches anywhere.
+   taken at the first place where it matches, for good. A later place would gain nothing:
+   it leaves fewer bytes to the pieces behind, and the star between can take any bytes.
+   (Russ Cox, "Glob Matching Can Be Simple And Fast Too", 2017.) In "abxdcyze", for
+   example, "ab" is at 0, "[cd]" at 3 and "?e" at 6. An empty piece, as in "a*" or "a**b",
+   matches anywhere.
 
    A piece may be tried at each byte of s, and each time be compared nearly to its end.
    If s and the pattern have a megabyte each, that takes minutes. So once the server gives
@@ -1443,6 +1441,7 @@ static bool glob_match(struct slice pattern, struct slice s) {
         piece = p;
         items = skip_piece(&p, end);
         if (items > s.len - place) return false;
+        /* The last piece: it fits behind place, as the line above has checked. */
         if (p == end) return match_piece(piece, end, items, s.p + s.len - items);
         while (!match_piece(piece, end, items, s.p + place)) {
             place++;
@@ -2116,7 +2115,7 @@ static bool aof_is_broken(void) { return aof.broken; }
 
 enum { SUM_LINE = 23 }; /* the length of a checksum line */
 
-/* Writes the checksum line of some bytes to to, which has room for a final 0. */
+/* Makes the checksum line of some bytes. to has room for it and a final 0. */
 static void format_sum_line(char *to, struct slice bytes) {
     snprintf(to, SUM_LINE + 1, "#SUM:%016" PRIx64 "\r\n", siphash(checksum_key, bytes));
 }
@@ -2211,9 +2210,10 @@ static bool write_batch(void) {
 }
 
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
-   there is one, else a new one. Returns false when writing fails. The caller has the
-   lock, and has seen that there is no writer and that some record is not safe: it is in
-   batch or in gathered. The lock is released while this thread writes. */
+   there is one (then broken is set), else a new one. Returns false when writing fails.
+   The caller has the lock, and has seen that there is no writer and that some record is
+   not safe: it is in batch or in gathered. While this thread writes, the lock is
+   released, and has_writer keeps the others away from batch. */
 static bool be_writer(void) {
     bool is_new = aof.batch.len == 0;
     if (is_new) take_batch();
@@ -2294,7 +2294,7 @@ static bool is_sum_line(const char *p, const char *end) {
      torn, but called damaged: a value in the torn part contains such a line
      torn, but called damaged: power failed when the system had written a later part of
                                the file to the disk, and not yet an earlier one:
-                               ... batch #SUM 000000000 #SUM
+                               ... batch #SUM 000000000 #SUM   (0: not written)
      damaged, but called torn: the last line of the file, a checksum line, has changed:
                                ... batch #SUM batch #S?M
 
@@ -2458,9 +2458,9 @@ static bool lock_file(int fd) {
     return fcntl(fd, F_SETLK, &whole_file) == 0;
 }
 
-/* Writes a shorter file as name and has it replace the one at path, which has the status
-   old. Returns its descriptor, or -1. It is locked before it gets that name, so that no
-   other kv can be first. */
+/* Writes a shorter file, called name, and lets it replace the file at path, whose status
+   is *old. Returns the descriptor of the new file, or -1. It is locked before it gets
+   that path, so that no other kv can be first. */
 static int write_compact(const char *name, const char *path, const struct stat *old) {
     int fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_APPEND, 0600);
     if (fd < 0) return -1;
@@ -2506,9 +2506,15 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* A lock belongs to a file, not to its name. Another kv may have compacted after our
-       open: then it has given the name to a new file, and closed the old one, which this
-       kv has locked now. (It cannot do so from here on: it would need this lock.) */
+    /* A lock belongs to a file, not to its name. So this may have happened:
+
+         this kv                 another kv, which starts, too
+         opens the file          locks the file, and compacts: locks a new file, gives it
+                                 the name, closes the old file, which ends its lock
+         locks the old file
+
+       This kv ends then. If it has not happened, it cannot happen any more: to compact,
+       the other kv would need the lock that this kv has now. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2532,7 +2538,7 @@ static void aof_open(void) {
     /* A new file, or one whose first line was torn, gets its header. */
     if (good == 0 && write(fd, header, SUM_LINE) != SUM_LINE) die_of_aof("write");
     if (!sync_file(fd)) die_of_aof("fsync");
-    aof.safe = aof.end; /* what was replayed is in the file */
+    aof.safe = aof.end; /* what was replayed is in the file; new records come after it */
     aof.fd = compact(path, fd);
     sync_directory(path);
 }
