@@ -567,7 +567,7 @@ static enum outcome take_string(struct conn *c, char **at, char *end, int64_t ro
 
 /* Takes an array off the input, its strings as argv. One that has arrived in part is read
    from its beginning each time, in at most MAX_WORDS short steps: take_string skips the
-   bytes of a string. */
+   bytes of a string. An empty array is taken, too; run_requests skips it. */
 static enum outcome take_array(struct conn *c) {
     char *start = c->in.p + c->pos, *at = start;
     char *end = c->in.p + c->in.len;
@@ -587,9 +587,8 @@ static enum outcome take_array(struct conn *c) {
 }
 
 /* Takes the next request off the input into argv. Returns false when none has arrived in
-   full. argc is 0 if there is nothing to run: a line without words, an empty array, or a
-   request that was wrong and has been answered. The words are valid until more is
-   read. */
+   full. argc is 0 if there is nothing to run: a line without words, or a request that was
+   wrong and has been answered. The words are valid until more is read. */
 static bool next_request(struct conn *c) {
     if (c->closing || c->pos == c->in.len) return false;
     if (c->in.p[c->pos] == '\xff') { /* Ctrl-C in telnet */
@@ -1085,14 +1084,14 @@ struct command {
    So when memory is out nothing has been changed, here or there. All this is done while
    the key's shard is locked: the file has the order in which things happened.
 
-   Records are numbered 1, 2, 3 and so on, in each run anew: the numbers are not in the
-   file. A record is safe when it is in the file; with "--fsync always", when it is on the
-   disk, too. Before a reply is sent, the records that it reveals must be safe, also when
-   another client wrote them: if B reads what A has stored, and a crash then undoes it, B
-   has seen what never was.
+   Records are numbered 1, 2, 3 and so on. The numbers are not in the file: a start counts
+   the records that it replays, and goes on from there. A record is safe when it is in the
+   file; with "--fsync always", when it is on the disk, too. Before a reply is sent, the
+   records that it reveals must be safe, also when another client wrote them: if B reads
+   what A has stored, and a crash then undoes it, B has seen what never was.
 
    A shard keeps the number of its last record. A connection keeps the highest number that
-   it has seen in a shard, also from its own changes. (Records become safe in order: with
+   it has seen in any shard, also from its own changes. (Records become safe in order: with
    the highest, all others are safe.) Say A's SET becomes record 7: its shard's appended
    is 7. B gets the key: B's seen is 7, and aof_commit delays B's reply until 7 is safe.
    It also waits if record 7 is about another key of this shard. That is more than is
@@ -1435,17 +1434,17 @@ static bool glob_match(struct slice pattern, struct slice s) {
     size_t items = skip_piece(&p, end);
     if (items > s.len || !match_piece(piece, end, items, s.p)) return false;
     if (p == end) return items == s.len; /* no star */
-    size_t place = items; /* where the next piece may begin; at most s.len */
+    size_t place = items;                /* where the next piece may begin */
     for (;;) {
         p++; /* behind the star */
         piece = p;
         items = skip_piece(&p, end);
-        if (items > s.len - place) return false;
-        /* The last piece: it fits behind place, as the line above has checked. */
-        if (p == end) return match_piece(piece, end, items, s.p + s.len - items);
+        if (place + items > s.len) return false;
+        size_t last = s.len - items; /* the last place where the piece fits */
+        if (p == end) return match_piece(piece, end, items, s.p + last);
         while (!match_piece(piece, end, items, s.p + place)) {
             place++;
-            if (items > s.len - place || stopping == GIVING_UP) return false;
+            if (place > last || stopping == GIVING_UP) return false;
         }
         place += items;
     }
@@ -1572,12 +1571,13 @@ static bool cmd_http(struct conn *c) {
     return fail(c, "ERR this is not a web server");
 }
 
-/* If the connection went on, the commands inside the transaction would be run one by one
-   while the client believes that none was run. So a text connection is closed at once.
-   But a library sends a transaction as a whole, and can report the error only after it
-   has read a reply to each request. So with RESP, refuses is set: each request that has
-   arrived gets this error (run_request), and when there are no more, the connection is
-   closed (read_more). What is still on its way then gets no reply. */
+/* In Redis, MULTI begins a transaction: what follows is only queued, and EXEC runs it. kv
+   has none. If the connection went on, the commands inside would be run one by one while
+   the client believes that none was run. So a text connection is closed at once. But a
+   library sends a transaction as a whole, and can report the error only after it has read
+   a reply to each request. So with RESP, refuses is set: each request that has arrived
+   gets this error (run_request), and when there are no more, the connection is closed
+   (read_more). What is still on its way gets no reply: that cannot be helped. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->refuses = true;
     else c->closing = "it wants a transaction";
@@ -2210,7 +2210,8 @@ static bool write_batch(void) {
 }
 
 /* Makes this thread the writer, for one batch: the one that is not written in full, if
-   there is one (then broken is set), else a new one. Returns false when writing fails.
+   there is one (only aof_write_all finds one: broken is set then), else a new one.
+   Returns false when writing fails.
    The caller has the lock, and has seen that there is no writer and that some record is
    not safe: it is in batch or in gathered. While this thread writes, the lock is
    released, and has_writer keeps the others away from batch. */
@@ -2295,7 +2296,8 @@ static bool is_sum_line(const char *p, const char *end) {
      torn, but called damaged: power failed when the system had written a later part of
                                the file to the disk, and not yet an earlier one:
                                ... batch #SUM 000000000 #SUM   (0: not written)
-     damaged, but called torn: the last line of the file, a checksum line, has changed:
+     damaged, but called torn: the last line of the file, a checksum line, has changed
+                               (behind any other change, there still is a #SUM):
                                ... batch #SUM batch #S?M
 
    Where it says damaged, kv changes nothing, and a person decides. Where it says torn, kv
@@ -2513,8 +2515,9 @@ static int open_and_lock(char *path) {
                                  the name, closes the old file, which ends its lock
          locks the old file
 
-       This kv ends then. If it has not happened, it cannot happen any more: to compact,
-       the other kv would need the lock that this kv has now. */
+       The other kv ends its lock only after the new file has the name. So when this kv
+       has the lock, either the name leads to another file, and this kv ends, or the other
+       kv cannot compact any more, because it would need the lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2538,7 +2541,7 @@ static void aof_open(void) {
     /* A new file, or one whose first line was torn, gets its header. */
     if (good == 0 && write(fd, header, SUM_LINE) != SUM_LINE) die_of_aof("write");
     if (!sync_file(fd)) die_of_aof("fsync");
-    aof.safe = aof.end; /* what was replayed is in the file; new records come after it */
+    aof.safe = aof.end; /* what was replayed is in the file */
     aof.fd = compact(path, fd);
     sync_directory(path);
 }
