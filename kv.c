@@ -1090,8 +1090,8 @@ struct command {
    records that it reveals must be safe, also when another client wrote them: if B reads
    what A has stored, and a crash then undoes it, B has seen what never was.
 
-   A shard keeps the number of its last record. A connection keeps the highest number that
-   it has seen in any shard, also from its own changes. (Records become safe in order: with
+   A shard keeps the number of its last record. A connection keeps the highest number it
+   has seen in any shard, also from its own changes. (Records become safe in order: with
    the highest, all others are safe.) Say A's SET becomes record 7: its shard's appended
    is 7. B gets the key: B's seen is 7, and aof_commit delays B's reply until 7 is safe.
    It also waits if record 7 is about another key of this shard. That is more than is
@@ -1576,8 +1576,8 @@ static bool cmd_http(struct conn *c) {
    the client believes that none was run. So a text connection is closed at once. But a
    library sends a transaction as a whole, and can report the error only after it has read
    a reply to each request. So with RESP, refuses is set: each request that has arrived
-   gets this error (run_request), and when there are no more, the connection is closed
-   (read_more). What is still on its way gets no reply: that cannot be helped. */
+   gets this error (run_request). When there are no more (read_more), the errors are sent
+   and the connection is closed (conn_main). What comes later gets no reply. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->refuses = true;
     else c->closing = "it wants a transaction";
@@ -2048,8 +2048,9 @@ static void *conn_main(void *arg) {
     while (!c.closing && stopping != GIVING_UP) {
         read_more(&c);
         run_requests(&c, client.text);
-        send_replies(&c);
+        if (!c.refuses) send_replies(&c);
     }
+    send_replies(&c); /* to a transaction: the client may use the connection again then */
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
     free(c.in.p);
     free(c.argv);
