@@ -1410,7 +1410,7 @@ static size_t skip_piece(const char **p, const char *end) {
     return items;
 }
 
-/* Whether the items from p on match as many bytes of s. */
+/* Whether the next items, from p on, match the bytes from s on, one byte each. */
 static bool match_piece(const char *p, const char *end, size_t items, const char *s) {
     for (size_t i = 0; i < items; i++)
         if (!match_item(&p, end, s[i])) return false;
@@ -1440,7 +1440,7 @@ static bool glob_match(struct slice pattern, struct slice s) {
         piece = p;
         items = skip_piece(&p, end);
         if (place + items > s.len) return false;
-        size_t last = s.len - items; /* the last place where the piece fits */
+        size_t last = s.len - items; /* where the piece fits at the latest: >= place */
         if (p == end) return match_piece(piece, end, items, s.p + last);
         while (!match_piece(piece, end, items, s.p + place)) {
             place++;
@@ -2105,7 +2105,7 @@ static struct {
 
     /* Read at any time, changed only with the lock: */
     atomic_uint_fast64_t safe; /* the last record that is safe, see section 8 */
-    atomic_bool broken;        /* batch could not be written in full */
+    atomic_bool broken; /* writing batch failed; else it is empty when nobody writes */
 } aof = {
     .fd = -1,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -2293,12 +2293,12 @@ static bool is_sum_line(const char *p, const char *end) {
    such line follows: it is torn if nothing from start on looks like one. This is a guess,
    and may be wrong:
 
-     torn, but called damaged: a value in the torn part contains such a line
-     torn, but called damaged: power failed when the system had written a later part of
+     torn, kv says damaged:    a value in the torn part contains such a line
+     torn, kv says damaged:    power failed when the system had written a later part of
                                the file to the disk, and not yet an earlier one:
                                ... batch #SUM 000000000 #SUM   (0: not written)
-     damaged, but called torn: the last line of the file, a checksum line, has changed
-                               (behind any other change, there still is a #SUM):
+     damaged, kv says torn:    the last line of the file, a checksum line, has changed
+                               (a change elsewhere leaves at least this line behind it):
                                ... batch #SUM batch #S?M
 
    Where it says damaged, kv changes nothing, and a person decides. Where it says torn, kv
@@ -2516,9 +2516,9 @@ static int open_and_lock(char *path) {
                                  the name, closes the old file, which ends its lock
          locks the old file
 
-       The other kv ends its lock only after the new file has the name. So when this kv
-       has the lock, either the name leads to another file, and this kv ends, or the other
-       kv cannot compact any more, because it would need the lock. */
+       Only a kv that has the lock of a file, as this kv has now, gives the name of that
+       file to a new one. So if the name still leads to the file that this kv has locked,
+       it stays so. If not, this kv ends. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
