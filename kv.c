@@ -1576,8 +1576,8 @@ static bool cmd_http(struct conn *c) {
    the client believes that none was run. So a text connection is closed at once. But a
    library sends a transaction as a whole, and can report the error only after it has read
    a reply to each request. So with RESP, refuses is set: each request that has arrived
-   gets this error (run_request). When there are no more (read_more), the errors are sent
-   and the connection is closed (conn_main). What comes later gets no reply. */
+   gets this error (run_request), and when there are no more (read_more), the connection
+   is closed. What comes later gets no reply. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->refuses = true;
     else c->closing = "it wants a transaction";
@@ -2050,7 +2050,9 @@ static void *conn_main(void *arg) {
         run_requests(&c, client.text);
         if (!c.refuses) send_replies(&c);
     }
-    send_replies(&c); /* to a transaction: the client may use the connection again then */
+    /* A client that has all errors of its transaction may send its next request, which
+       must not get such an error. So the last ones are sent when kv reads no more. */
+    send_replies(&c);
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
     free(c.in.p);
     free(c.argv);
@@ -2105,7 +2107,7 @@ static struct {
 
     /* Read at any time, changed only with the lock: */
     atomic_uint_fast64_t safe; /* the last record that is safe, see section 8 */
-    atomic_bool broken; /* writing batch failed; else it is empty when nobody writes */
+    atomic_bool broken; /* writing failed; if not, batch is empty when nobody writes */
 } aof = {
     .fd = -1,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -2242,7 +2244,7 @@ static bool aof_commit(struct conn *c) {
     pthread_mutex_lock(&aof.lock);
     while (aof.safe < c->seen && !aof.broken) {
         if (aof.has_writer) pthread_cond_wait(&aof.done, &aof.lock);
-        else be_writer(); /* raises safe, maybe not far enough yet, or sets broken */
+        else be_writer(); /* writes all that has gathered, or sets broken */
     }
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= c->seen;
@@ -2297,9 +2299,8 @@ static bool is_sum_line(const char *p, const char *end) {
      torn, kv says damaged:    power failed when the system had written a later part of
                                the file to the disk, and not yet an earlier one:
                                ... batch #SUM 000000000 #SUM   (0: not written)
-     damaged, kv says torn:    the last line of the file, a checksum line, has changed
-                               (a change elsewhere leaves at least this line behind it):
-                               ... batch #SUM batch #S?M
+     damaged, kv says torn:    the last line of the file has changed (any other change has
+                               this line behind it): ... batch #SUM batch #S?M
 
    Where it says damaged, kv changes nothing, and a person decides. Where it says torn, kv
    cuts the batch off with a warning; in the last case that batch was good. */
@@ -2516,9 +2517,8 @@ static int open_and_lock(char *path) {
                                  the name, closes the old file, which ends its lock
          locks the old file
 
-       Only a kv that has the lock of a file, as this kv has now, gives the name of that
-       file to a new one. So if the name still leads to the file that this kv has locked,
-       it stays so. If not, this kv ends. */
+       To replace a file, a kv must hold its lock, which this kv does now. So if the name
+       leads to this file, it stays so. If not, this kv ends. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
