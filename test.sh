@@ -3185,6 +3185,18 @@ info_is() { [[ $(info "$1") = "$2" ]] || { ask INFO && return 1; }; } # NAME VAL
     info_is db0 keys=0,expires=0
 }
 
+# bats test_tags=kv
+@test "INFO counts a key as expired also if a read finds it before the expiry thread" {
+    start_kv
+    connect
+    for i in {1..20}; do
+        answers "$c" "SET a$i 1 PX 1" OK
+        sleep 0.003 # the expiry thread sleeps for 50 ms
+        answers "$c" "GET a$i" '(nil)'
+    done
+    info_is expired_keys 20
+}
+
 # 100 keys of its own that expire soon, reads of these, 200 hits and 100 misses.
 load_of() { # NUMBER
     awk -v n="$1" 'BEGIN {
