@@ -4,7 +4,7 @@
 # level: 2
 # lines: 24
 # minutes: 90
-# task: Build SETRANGE key offset value: it writes the value over that of the key from byte offset on, which may make that longer, and replies the new length. Gaps become zero bytes. The key keeps its deadline. To write no bytes, at any offset from 0 on, changes nothing, makes no key and replies the present length. An offset below 0 gets ERR offset is out of range. No value may become longer than --max-request. Where there is no memory for the new value the error is OOM out of memory, and all stays as it is.
+# task: Build SETRANGE key offset value: it writes the value over that of the key from byte offset on, which may make that longer, and replies the new length. Gaps become zero bytes. The key keeps its deadline. To write no bytes, at any offset from 0 on, changes nothing, makes no key and replies the present length. An offset below 0 gets ERR offset is out of range. No value may become longer than --max-request: else the error is that of APPEND in chapter 8. An offset that is no number gets the error of INCRBY. Where there is no memory for the new value the error is OOM out of memory, and all stays as it is.
 #
 # SC2030, SC2031: bats runs each test as a process. SC2154: common.bash sets it.
 # shellcheck disable=SC2030,SC2031,SC2154

@@ -2,7 +2,7 @@
 # Here go tests that a correct kv passes and the broken one, kv-exercise/kv, does not. To try them:
 #
 #     make -C kv-exercise
-#     KV=./kv bats kv-exercise/stale-heap.bats               must pass
+#     make && KV=./kv bats kv-exercise/stale-heap.bats       must pass
 #     KV=kv-exercise/kv bats kv-exercise/stale-heap.bats     must fail
 #
 # doc/exercises/common.bash says what start_kv, ask, is and resp do; the other files there use them.
