@@ -3179,7 +3179,7 @@ info_is() { [[ $(info "$1") = "$2" ]] || { ask INFO && return 1; }; } # NAME VAL
     info_is used_memory $((before + 4))
     ask 'SET key value' | is OK
     (($(info used_memory) - before - 4 > 8 && $(info used_memory) - before - 4 < 64))
-    ask 'SET d 1 PX 1' 'SET e 1 PX 1' | is OK OK
+    ask 'SET d 1 PX 100' 'SET e 1 PX 100' | is OK OK # 1 ms may have passed before it is stored
     wait_until info_is expired_keys 2
     ask FLUSHALL | is OK
     info_is used_memory 0
@@ -3190,12 +3190,13 @@ info_is() { [[ $(info "$1") = "$2" ]] || { ask INFO && return 1; }; } # NAME VAL
 @test "INFO counts a key as expired also if a read finds it before the expiry thread" {
     start_kv
     connect
-    for i in {1..20}; do
-        answers "$c" "SET a$i 1 PX 1" OK
-        sleep 0.003 # the expiry thread sleeps for 50 ms
-        answers "$c" "GET a$i" '(nil)'
+    for i in {1..40}; do # their deadlines are 5 ms apart, and the expiry thread sleeps for 50 ms
+        answers "$c" "SET a$i 1 PX $((100 + 5 * i))" OK
     done
-    info_is expired_keys 20
+    for i in {1..40}; do
+        until send "$c" "GET a$i" && receive "$c" && [[ $line == '(nil)' ]]; do :; done
+    done
+    info_is expired_keys 40
 }
 
 # 100 keys of its own that expire soon, reads of these, 200 hits and 100 misses.
@@ -3244,12 +3245,12 @@ fifty_loads() {
     printf '%s\n' 'SET a 1' 'GET a' 'GET none' 'EXISTS a a none' 'TTL a' 'TTL none' 'PTTL a' 'PTTL none' \
         'INCR a' 'INCR new' 'DECRBY a 1' 'SET b 1 NX' 'SET b 2 NX' 'SET b 2 XX' 'SET none 1 XX' \
         'SET b 3 KEEPTTL' 'EXPIRE a 100' 'EXPIRE none 100' 'PERSIST a' 'PERSIST none' 'EXPIRE new -1' 'GET new' \
-        'DEL a none' 'UNLINK b none' 'KEYS *' DBSIZE 'SET soon 1 PX 1' 'SET soon2 1 PX 1' 'GET' 'GET soon9' >"$tmp/1"
+        'DEL a none' 'UNLINK b none' 'KEYS *' DBSIZE 'SET soon 1 PX 100' 'SET soon2 1 PX 100' 'GET' 'GET soon9' >"$tmp/1"
     printf '%s\n' 'GET soon' 'TTL soon' 'EXISTS soon2' 'INFO stats' >"$tmp/2"
     for i in 1 2; do (quickly to_resp) <"$tmp/$i" >"$tmp/in.$i"; done
     for to in "$port" "$redis_port"; do
         nc -N 127.0.0.1 "$to" <"$tmp/in.1" >"$tmp/out"
-        sleep 0.05 # both are past their deadline then, and gone or not
+        sleep 0.15 # both are past their deadline then, and gone or not
         nc -N 127.0.0.1 "$to" <"$tmp/in.2" | grep -aE '^(keyspace_hits|keyspace_misses|expired_keys):' |
             sort >"$tmp/counts.$to"
     done
