@@ -350,7 +350,7 @@ struct conn {
     int wrong_passwords;
     size_t max_bytes, max_words; /* of a request */
     const char *closing;         /* why to close once the replies are sent; NULL: go on */
-    bool refuses;                /* runs nothing more: see cmd_transaction */
+    bool in_transaction;         /* runs nothing more: see cmd_multi */
     struct buf in;               /* what was read */
     size_t pos;                  /* offset in in.p of the next request */
     size_t scanned;              /* bytes from pos on in which no newline was found */
@@ -1571,17 +1571,27 @@ static bool cmd_http(struct conn *c) {
     return fail(c, "ERR this is not a web server");
 }
 
+#define NO_TRANSACTIONS "ERR kv has no transactions"
+
+/* EXEC, DISCARD and WATCH close the connection. */
+static bool cmd_exec(struct conn *c) {
+    c->closing = "it wants a transaction";
+    return fail(c, NO_TRANSACTIONS);
+}
+
 /* In Redis, MULTI begins a transaction: what follows is only queued, and EXEC runs it. kv
-   has none. If the connection went on, the commands inside would be run one by one while
-   the client believes that none was run. So a text connection is closed at once. But a
-   library sends a transaction as a whole, and can report the error only after it has read
-   a reply to each request. So with RESP, refuses is set: each request that has arrived
-   gets this error (run_request), and when there are no more (read_more), the connection
-   is closed. What comes later gets no reply. */
-static bool cmd_transaction(struct conn *c) {
-    if (c->resp) c->refuses = true;
-    else c->closing = "it wants a transaction";
-    return fail(c, "ERR kv has no transactions");
+   has none. If the connection went on, the requests in between would be run one by one,
+   while the client believes that none was run. So nothing behind MULTI is run, and the
+   connection is closed.
+
+   A text connection is closed at once. But a library sends a transaction as a whole, and
+   reports the error only after it has read a reply to each request. So with RESP each
+   request from MULTI to EXEC gets the error (run_request). Then the connection is closed:
+   by EXEC, or when nothing more has arrived (read_more). */
+static bool cmd_multi(struct conn *c) {
+    if (!c->resp) return cmd_exec(c);
+    c->in_transaction = true;
+    return fail(c, NO_TRANSACTIONS);
 }
 
 /* The first line of --password-file; empty: nobody needs one. */
@@ -1836,10 +1846,10 @@ static const struct command commands[] = {
     {"SELECT", "0", 2, 2, 0, cmd_select, "there is one database", "OK"},
     {"POST", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
     {"Host:", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
-    {"MULTI", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
-    {"WATCH", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
-    {"EXEC", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
-    {"DISCARD", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"MULTI", NULL, 1, ANY, OPEN, cmd_multi, NULL, NULL},
+    {"WATCH", NULL, 1, ANY, OPEN, cmd_exec, NULL, NULL},
+    {"EXEC", NULL, 1, ANY, OPEN, cmd_exec, NULL, NULL},
+    {"DISCARD", NULL, 1, ANY, OPEN, cmd_exec, NULL, NULL},
     {NULL, NULL, 0, 0, 0, NULL, NULL, NULL},
 };
 
@@ -1889,7 +1899,8 @@ static bool aof_is_broken(void);
 /* Runs the request in argv. Returns what the reply returned. */
 static bool run_request(struct conn *c) {
     const struct command *cmd = c->cmd = find_command(c->argv[0]);
-    if (c->refuses) return cmd_transaction(c);
+    bool is_exec = cmd && cmd->run == cmd_exec;
+    if (c->in_transaction && !is_exec) return fail(c, NO_TRANSACTIONS);
     if (!cmd) return fail_unknown(c, c->argv[0]);
     if (c->argc < cmd->min_words || c->argc > cmd->max_words)
         return fail(c, "ERR wrong number of arguments for '%s' command: %s %s",
@@ -1975,7 +1986,7 @@ static void end_input(struct conn *c) {
 }
 
 /* Waits for input, up to --timeout, and appends it to what there is of a request. If
-   there will be no more, says in closing why. After a transaction it does not wait. */
+   there will be no more, says in closing why. In a transaction it does not wait. */
 static void read_more(struct conn *c) {
     struct buf *in = &c->in;
     in->len -= c->pos;
@@ -1989,12 +2000,12 @@ static void read_more(struct conn *c) {
         return;
     }
     ssize_t n;
-    do n = recv(c->fd, to, in->cap - in->len, c->refuses ? MSG_DONTWAIT : 0);
+    do n = recv(c->fd, to, in->cap - in->len, c->in_transaction ? MSG_DONTWAIT : 0);
     while (n < 0 && errno == EINTR);
     if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    if (n < 0 && c->refuses) c->closing = "it wants a transaction";
+    if (n < 0 && c->in_transaction) c->closing = "it wants a transaction";
     /* A read that fills the buffer has probably left more. So the buffer is doubled for
        the next read, up to IO_CHUNK. (It grows further, above, for a long request. If
        there is no memory here, the next call sees that, and closes the connection.) */
@@ -2048,11 +2059,8 @@ static void *conn_main(void *arg) {
     while (!c.closing && stopping != GIVING_UP) {
         read_more(&c);
         run_requests(&c, client.text);
-        if (!c.refuses) send_replies(&c);
+        send_replies(&c);
     }
-    /* A client that has all errors of its transaction may send its next request, which
-       must not get such an error. So the last ones are sent when kv reads no more. */
-    send_replies(&c);
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
     free(c.in.p);
     free(c.argv);
@@ -2100,14 +2108,15 @@ static struct {
     pthread_cond_t done;  /* signals that the writer is done */
 
     /* For the writer alone, without the lock. (What a thread writes before it unlocks a
-       mutex is seen by the next thread that locks it: here, by the next writer.) */
-    struct buf batch;   /* being written, or not written in full; else empty */
+       mutex is seen by the next thread that locks it: here, by the next writer.) When
+       nobody writes, batch is empty, or broken is set. */
+    struct buf batch;   /* what is being written, or could not be written in full */
     size_t written;     /* so many of its bytes are in the file */
     uint64_t batch_end; /* its last record; when batch is empty, all up to it are safe */
 
     /* Read at any time, changed only with the lock: */
     atomic_uint_fast64_t safe; /* the last record that is safe, see section 8 */
-    atomic_bool broken; /* writing failed; if not, batch is empty when nobody writes */
+    atomic_bool broken;        /* batch could not be written in full */
 } aof = {
     .fd = -1,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -2212,18 +2221,16 @@ static bool write_batch(void) {
     return true;
 }
 
-/* Makes this thread the writer, for one batch: the one that is not written in full, if
-   there is one (only aof_write_all finds one: broken is set then), else a new one.
-   Returns false when writing fails.
-   The caller has the lock, and has seen that there is no writer and that some record is
-   not safe: it is in batch or in gathered. While this thread writes, the lock is
-   released, and has_writer keeps the others away from batch. */
+/* Makes this thread the writer, for one batch: the one that could not be written in full
+   if broken is set, else a new one. Returns false when writing fails. The caller has the
+   lock, and has seen that there is no writer and that a record is not safe. While this
+   thread writes, the lock is released; has_writer keeps the others away from batch. */
 static bool be_writer(void) {
-    bool is_new = aof.batch.len == 0;
+    bool is_new = !aof.broken;
     if (is_new) take_batch();
     aof.has_writer = true;
     pthread_mutex_unlock(&aof.lock);
-    if (is_new) end_batch(&aof.batch); /* an old one has its checksum line already */
+    if (is_new) end_batch(&aof.batch); /* else it has its checksum line already */
     bool ok = write_batch();
     pthread_mutex_lock(&aof.lock);
     if (ok) aof.safe = aof.batch_end;
@@ -2233,10 +2240,10 @@ static bool be_writer(void) {
     return ok;
 }
 
-/* Waits until the records that c has seen are safe. First lets other threads run, if some
-   are ready and have no processor: they append their records, so that more share a write.
-   Then, while another thread is the writer, this one waits; if none is, it becomes the
-   writer. Returns false when writing fails. */
+/* Waits until the records that c has seen are safe: while another thread is the writer,
+   this one waits; if none is, it becomes the writer. Before that, it yields: threads that
+   wait for a processor append their records now, and more records share a write. Returns
+   false when writing fails. */
 static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
@@ -2299,8 +2306,8 @@ static bool is_sum_line(const char *p, const char *end) {
      torn, kv says damaged:    power failed when the system had written a later part of
                                the file to the disk, and not yet an earlier one:
                                ... batch #SUM 000000000 #SUM   (0: not written)
-     damaged, kv says torn:    the last line of the file has changed (any other change has
-                               this line behind it): ... batch #SUM batch #S?M
+     damaged, kv says torn:    the last checksum line itself has changed, and no other one
+                               follows: ... batch #SUM batch #S?M
 
    Where it says damaged, kv changes nothing, and a person decides. Where it says torn, kv
    cuts the batch off with a warning; in the last case that batch was good. */
@@ -2449,7 +2456,8 @@ static bool write_tables(int fd) {
             ok = ok && stopping == SERVING && write_batch_to(fd, &b);
         }
     }
-    /* b may be empty now, and so may a batch. There still is room for the line. */
+    /* A batch without records is allowed. Also if b is empty now, it has room for the
+       checksum line. */
     ok = ok && write_batch_to(fd, &b) && sync_file(fd);
     free(b.p);
     return ok;
@@ -2517,8 +2525,9 @@ static int open_and_lock(char *path) {
                                  the name, closes the old file, which ends its lock
          locks the old file
 
-       To replace a file, a kv must hold its lock, which this kv does now. So if the name
-       leads to this file, it stays so. If not, this kv ends. */
+       To replace a file, a kv must hold its lock, and this kv has it now. So if the name
+       leads to this file, no other kv can change that any more, and looking once is
+       enough. If the name leads to another file, this kv ends. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);

@@ -2017,8 +2017,10 @@ resp_of() { # BYTES
             ask 'INCR a' "$request" 'DECRBY n 1' EXEC 'DECRBY n 1' | is_like '[0-9]+' "\(error\) $error"
             # shellcheck disable=SC2086  # words are what is meant
             all=$(resp INCR a && resp $request && resp DECRBY n 1 && resp nosuch && resp EXEC)
-            # A library sends all of it in one packet.
-            printf '%s\n' "$all" | talk | is_like $':[0-9]+\r' "-$error"$'\r'{,,,}
+            # A library sends all of it in one packet, and wants a reply to each request.
+            errors=("-$error"$'\r')
+            [[ ${name^^} != MULTI ]] || errors+=("${errors[0]}"{,,})
+            printf '%s\n' "$all" | talk | is_like $':[0-9]+\r' "${errors[@]}"
             connect # not because the client ends its input
             resp "$name" >&"$c"
             rest "$c" | is_like "-$error"$'\r'
