@@ -682,6 +682,35 @@ strangers() { # COUNT LINE
     not grep -aEv "^$log_lines" "$tmp/read"
 }
 
+# The pipe has room for 13 of these lines, and kv's look at the pipe is made to take 30 ms. If all
+# threads looked before the first one writes, the last ones would find the pipe full, and wait.
+# bats test_tags=commands
+@test "threads that log at the same moment do not fill a pipe that nobody reads, and wait" {
+    command -v strace >/dev/null || skip "strace is missing: make deps-all installs it"
+    export ASAN_OPTIONS=detect_leaks=0 # the search for leaks cannot be traced
+    mkfifo "$tmp/fifo"
+    exec {fifo}<>"$tmp/fifo"
+    "${leash[@]}" "${strace[@]}" -o /dev/null -e 'trace=?poll,?ppoll' -e 'inject=?poll,?ppoll:delay_exit=30000' \
+        "$KV" -vv -p 0 "${for_all[@]}" </dev/null 2>"$tmp/fifo" 3>&- 4>&- &
+    pid=$!
+    read -r -t 20 -u "$fifo" line
+    port=${line##*:}
+    for i in {1..20}; do connect && send "$c" PING; done
+    for i in {1..40}; do read -r -t 20 -u "$fifo" line; done # connected, PING
+    for c in "${fds[@]}"; do receive "$c"; done
+    head -c $((15 * 4096)) /dev/zero >&"$fifo" # Linux has 16 pages for a pipe
+    printf -v words ' %060d' {1..8}
+    for c in "${fds[@]}"; do send "$c" "EXISTS$words"; done
+    for c in "${fds[@]}"; do
+        receive "$c"
+        [[ $line = 0 ]]
+    done
+    dd if="$tmp/fifo" of="$tmp/read" bs=1M iflag=nonblock 2>/dev/null || true # all there is
+    (($(tr -d '\0' <"$tmp/read" | grep -c EXISTS) < 20))                     # it was full
+    stop_kv
+    ((status == 0))
+}
+
 # ==========================================================================================
 # Text protocol: requests
 # ==========================================================================================
@@ -1929,6 +1958,19 @@ resp_of() { # BYTES
         ask 'GET n' | is 10
         stop_kv
     done
+}
+
+# bats test_tags=guards
+@test "the buffers of a connection are freed before kv waits for its client to close" {
+    start_kv -c 2
+    { printf 'SET a ' && x 3000000 && printf '\nQUIT\n'; } >"$tmp/in"
+    for i in {1..40}; do
+        connect # and does not close: kv waits for a second
+        cat "$tmp/in" >&"$c"
+        receive "$c"
+        [[ $line = OK ]]
+    done
+    takes_less VmHWM 50000
 }
 
 # bats test_tags=guards
@@ -5548,17 +5590,18 @@ old_or_new() { # counts them in $olds and $news
 }
 
 # bats test_tags=kv
-@test "a compacted file is fsynced before it replaces the old one" {
+@test "a compacted file is fsynced before it replaces the old one, and then its directory, before a client comes" {
     start_aof
     yes 'INCR n' | head -n 100 | talk >"$tmp/out"
     stop_kv
-    trace_kv -e trace=write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2
+    trace_kv -s 64 -e trace=write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2
     start_aof
     end_trace
     awk '/ (write|pwrite64|writev)\(/ && !/ write\(2,/ { dirty = 1; writes++ }
-        /sync.*= 0$/ { dirty = 0 }
-        / rename/ { renames++; if (dirty) wrong = 1 }
-        END { exit wrong || !writes || renames != 1 }' "$tmp/trace"
+        /sync.*= 0$/ { dirty = renamed = 0 }
+        / rename/ { renames++; renamed = 1; if (dirty) wrong = 1 }
+        / write\(2,.*listening/ { starts++; if (renamed) wrong = 1 }
+        END { exit wrong || !writes || renames != 1 || starts != 1 }' "$tmp/trace"
 }
 
 # bats test_tags=kv
