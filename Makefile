@@ -50,8 +50,10 @@ course: ## prove steps, exercises and mutants, in 8 minutes
 # All tests at each step, with sanitizers, and twenty times what a race may pass by luck.
 course-release: ## the same with all there is, in hours, before a term
 	SUITE=1 doc/patches check
-	SANITIZER=asan SUITE=1 doc/patches check steps solutions exercises
-	SANITIZER=tsan SUITE=1 doc/patches check steps solutions exercises
+	for s in asan tsan; do \
+	    SANITIZER=$$s SUITE=1 doc/patches check steps && \
+	    SANITIZER=$$s doc/patches check solutions exercises || exit 1; \
+	done
 	TIMES=20 doc/patches check solutions wrong hunts
 
 refresh: ## carry the patches of doc/ over a change of kv.c
