@@ -19,6 +19,8 @@ load common
 @test "STRLEN replies how many bytes a value has" {
     start_kv
     ask 'SET greeting "hello world"' 'SET empty ""' | is OK OK
+    [[ $(ask_soon 'STRLEN greeting') != 0 ]] ||
+        because "STRLEN of a key that is there is 0: kv looks up the key only if the row has the flag KEY"
     gets 'STRLEN greeting' 11 && gets 'STRLEN empty' 0 && gets 'strlen greeting' 11 ||
         because "STRLEN is about the value: its length does not depend on the name of the key"
 }
