@@ -1110,7 +1110,7 @@ static bool log_set(struct conn *c, struct slice value, int64_t deadline) {
     char ms[24] = "";
     if (deadline != NEVER) snprintf(ms, sizeof ms, "%" PRId64, deadline);
     struct slice record[] = {
-        str("SET"), c->key, value, str("PXAT"), str(ms), /* these two not for NEVER */
+        str("SET"), c->key, value, str("PXAT"), str(ms), /* these two if not NEVER */
     };
     c->recorded += c->key.len + value.len;
     return aof_append(record, deadline == NEVER ? 3 : 5, &c->shard->appended);
@@ -1587,7 +1587,8 @@ static bool cmd_exec(struct conn *c) {
    A text connection is closed at once. But a library sends a transaction as a whole, and
    reports the error only after it has read a reply to each request. So with RESP each
    request from MULTI to EXEC gets the error (run_request). Then the connection is closed:
-   by EXEC, or when nothing more has arrived (read_more). */
+   by EXEC, or when nothing more has arrived (read_more): kv does not wait, because some
+   clients send MULTI alone. What arrives later gets no reply. */
 static bool cmd_multi(struct conn *c) {
     if (!c->resp) return cmd_exec(c);
     c->in_transaction = true;
@@ -2092,12 +2093,12 @@ static void *conn_main(void *arg) {
    records share a write and an fsync.
 
    Say the disk becomes full while the writer writes a batch, records 5 to 7, and record 8
-   has gathered meanwhile. The writer sets broken, and is done. Some threads wait for
-   these records. Those with a request that writes answer MISCONF, the others as usual
-   (send_replies). While broken is set, requests that would write are refused
-   (run_request). Only the expiry thread still tries to write, once a second
-   (aof_write_all). It begins with the rest of the batch. Once that is in the file, safe
-   is 7 and broken is cleared; then it writes record 8 as the next batch. */
+   has gathered meanwhile. The writer sets broken, and is done. The threads that wait for
+   one of the records 5 to 8 wait no longer. Those with a request that writes answer
+   MISCONF, the others as usual (send_replies). While broken is set, requests that would
+   write are refused (run_request). Only the expiry thread still tries to write, once a
+   second (aof_write_all). It begins with the rest of the batch. Once that is in the file,
+   safe is 7 and broken is cleared; then it writes record 8 as the next batch. */
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
@@ -2456,7 +2457,7 @@ static bool write_tables(int fd) {
             ok = ok && stopping == SERVING && write_batch_to(fd, &b);
         }
     }
-    /* A batch without records is allowed. Also if b is empty now, it has room for the
+    /* A batch without records is allowed, and even if b is empty now, it has room for the
        checksum line. */
     ok = ok && write_batch_to(fd, &b) && sync_file(fd);
     free(b.p);
@@ -2488,8 +2489,8 @@ static int write_compact(const char *name, const char *path, const struct stat *
 
 /* Compacts the file at path, open as fd, if it holds more than two records for each key.
    path has no symbolic links, so the rename replaces the file, not a link. Returns the
-   descriptor of the file that serves: the old one if it cannot be replaced, because that
-   is no reason not to start. A crash leaves the old file or the new one, whole. */
+   descriptor of the file that serves. If the old one cannot be replaced, it serves, and
+   kv starts all the same. A crash leaves the old file or the new one, whole. */
 static int compact(const char *path, int fd) {
     char name[PATH_MAX + 16];
     struct stat st;
@@ -2518,16 +2519,17 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* A lock belongs to a file, not to its name. So this may have happened:
+    /* A name leads to a file. A rename can let it lead to another file, but fd and the
+       lock stay with the file that was opened. So this may have happened:
 
-         this kv                 another kv, which starts, too
-         opens the file          locks the file, and compacts: locks a new file, gives it
-                                 the name, closes the old file, which ends its lock
-         locks the old file
+         this kv            another kv, which starts, too     the name leads to
+         opens file 1       locks file 1, writes file 2       file 1
+                            and locks it, renames it          file 2
+                            closes file 1: ends its lock      file 2
+         locks file 1       serves from file 2                file 2
 
-       To replace a file, a kv must hold its lock, and this kv has it now. So if the name
-       leads to this file, no other kv can change that any more, and looking once is
-       enough. If the name leads to another file, this kv ends. */
+       So this kv looks where the name leads. If to file 1, that stays so: only a kv that
+       holds the lock of file 1 may replace it. If not, this kv ends. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
