@@ -2590,7 +2590,7 @@ commands_rest() { # the server does nothing any more
         wait_until grep -q stopping "$log"
         sleep 0.6
         stop_kv "$signal"
-        ((status == 1 && took < (${#sanitized} ? 3000 : 1000)))
+        ((status == 1 && took < (${#sanitized} ? 3000 : 2000)))
         not grep -E "${log_lines}.*stopped" "$log"
     done
 }
