@@ -1086,9 +1086,10 @@ struct command {
 
    Records are numbered 1, 2, 3 and so on. The numbers are not in the file: a start counts
    the records that it replays, and goes on from there. A record is safe when it is in the
-   file; with "--fsync always", when it is on the disk, too. Before a reply is sent, the
-   records that it reveals must be safe, also when another client wrote them: if B reads
-   what A has stored, and a crash then undoes it, B has seen what never was.
+   file, where a crash of kv does not undo it; with "--fsync always", when it is on the
+   disk, too. Before a reply is sent, the records that it reveals must be safe, also when
+   another client wrote them: if B reads what A has stored, and a crash then undoes it, B
+   has seen what never was.
 
    A shard keeps the number of its last record. A connection keeps the highest number it
    has seen in any shard, also from its own changes. (Records become safe in order: with
@@ -1587,8 +1588,8 @@ static bool cmd_exec(struct conn *c) {
    A text connection is closed at once. But a library sends a transaction as a whole, and
    reports the error only after it has read a reply to each request. So with RESP each
    request from MULTI to EXEC gets the error (run_request). Then the connection is closed:
-   by EXEC, or when nothing more has arrived (read_more): kv does not wait, because some
-   clients send MULTI alone. What arrives later gets no reply. */
+   by EXEC, or when nothing more has arrived (read_more). What arrives later gets no
+   reply. */
 static bool cmd_multi(struct conn *c) {
     if (!c->resp) return cmd_exec(c);
     c->in_transaction = true;
@@ -2222,10 +2223,12 @@ static bool write_batch(void) {
     return true;
 }
 
-/* Makes this thread the writer, for one batch: the one that could not be written in full
-   if broken is set, else a new one. Returns false when writing fails. The caller has the
-   lock, and has seen that there is no writer and that a record is not safe. While this
-   thread writes, the lock is released; has_writer keeps the others away from batch. */
+/* Makes this thread the writer, for one batch. If broken is not set, batch is empty, and
+   all that has gathered becomes the new batch. If it is set, aof_write_all tries again:
+   then the rest of the old batch is written. (aof_commit does not call this then.)
+   Returns false when writing fails. The caller has the lock, and has seen that there is
+   no writer and that a record is not safe. While this thread writes, the lock is
+   released; has_writer keeps the others away from batch. */
 static bool be_writer(void) {
     bool is_new = !aof.broken;
     if (is_new) take_batch();
@@ -2303,15 +2306,16 @@ static bool is_sum_line(const char *p, const char *end) {
    such line follows: it is torn if nothing from start on looks like one. This is a guess,
    and may be wrong:
 
-     torn, kv says damaged:    a value in the torn part contains such a line
-     torn, kv says damaged:    power failed when the system had written a later part of
-                               the file to the disk, and not yet an earlier one:
-                               ... batch #SUM 000000000 #SUM   (0: not written)
-     damaged, kv says torn:    the last checksum line itself has changed, and no other one
-                               follows: ... batch #SUM batch #S?M
+     what has happened                                               what kv says
+     torn; a value in the torn part contains such a line             damaged
+     torn: power failed when the system had written a later part     damaged
+       of the file to the disk, and not yet an earlier one:
+       ... batch #SUM 000000000 #SUM   (0: not written)
+     damaged: the last checksum line itself has changed              torn
+       ... batch #SUM batch #S?M
 
    Where it says damaged, kv changes nothing, and a person decides. Where it says torn, kv
-   cuts the batch off with a warning; in the last case that batch was good. */
+   cuts the batch off with a warning; in the last case its records were good. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -2528,8 +2532,8 @@ static int open_and_lock(char *path) {
                             closes file 1: ends its lock      file 2
          locks file 1       serves from file 2                file 2
 
-       So this kv looks where the name leads. If to file 1, that stays so: only a kv that
-       holds the lock of file 1 may replace it. If not, this kv ends. */
+       So this kv looks where the name leads. If to file 1, nobody can change that any
+       more, because this kv now has the lock of file 1. If not, this kv ends. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
