@@ -1589,7 +1589,7 @@ static bool cmd_exec(struct conn *c) {
    reports the error only after it has read a reply to each request. So with RESP each
    request from MULTI to EXEC gets the error (run_request). Then the connection is closed:
    by EXEC, or when nothing more has arrived (read_more). What arrives later gets no
-   reply. */
+   reply, because kv cannot know whether it belongs to the transaction. */
 static bool cmd_multi(struct conn *c) {
     if (!c->resp) return cmd_exec(c);
     c->in_transaction = true;
@@ -2059,8 +2059,12 @@ static void *conn_main(void *arg) {
     c.max_words = OPEN_MAX_WORDS;
     if (password[0] == 0) log_in(&c);
     while (!c.closing && stopping != GIVING_UP) {
-        read_more(&c);
-        run_requests(&c, client.text);
+        /* A transaction is read to its end before its errors are sent. A client that has
+           them may send another request, which must not get such an error. */
+        do {
+            read_more(&c);
+            run_requests(&c, client.text);
+        } while (c.in_transaction && !c.closing && stopping != GIVING_UP);
         send_replies(&c);
     }
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");

@@ -2103,7 +2103,7 @@ PYTHON
 }
 
 # bats test_tags=guards
-@test "the request after a transaction of redis-py does not get the transaction's error" {
+@test "the request after a transaction of redis-py, or after MULTI alone, does not get the transaction's error" {
     /usr/bin/python3 -c 'import redis' 2>/dev/null ||
         skip "redis-py is missing: make deps-all installs it (python3-redis)"
     start_kv
@@ -2113,10 +2113,11 @@ PYTHON
 import redis, sys
 r = redis.Redis(port=int(sys.argv[1]))
 for _ in range(200):
-    try: r.pipeline(transaction=True).decrby("n", 1).execute()
-    except redis.ResponseError: pass
-    try: r.get("n")
-    except redis.ConnectionError: pass # the connection may be closed just then
+    for transaction in r.pipeline(transaction=True).decrby("n", 1).execute, lambda: r.execute_command("MULTI"):
+        try: transaction()
+        except redis.ResponseError: pass
+        try: r.get("n")
+        except redis.ConnectionError: pass # the connection may be closed just then
 print("ok")
 PYTHON
 }
