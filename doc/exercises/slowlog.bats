@@ -115,7 +115,7 @@ has_128() { [[ $(ask_soon 'SLOWLOG LEN') = 128 ]]; }
         clients+=("$!")
     done
     wait_until has_128 || because "there are not yet 128 commands, though six clients send some"
-    yes 'SLOWLOG GET 20' | head -n 1000 | talk >"$tmp/slow"
+    yes 'SLOWLOG GET 20' | head -n 4000 | talk >"$tmp/slow"
     : >"$tmp/stop"
     wait "${clients[@]}" || because "a client has waited in vain for its replies"
     awk "$consistent" "$tmp/slow" ||
