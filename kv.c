@@ -1437,12 +1437,13 @@ static bool glob_match(struct slice pattern, struct slice s) {
     if (p == end) return items == s.len; /* no star */
     size_t place = items;                /* where the next piece may begin */
     for (;;) {
-        p++; /* behind the star */
+        /* Here p is at a star, and s is matched up to place. */
+        p++;
         piece = p;
         items = skip_piece(&p, end);
         if (place + items > s.len) return false;
         size_t last = s.len - items; /* where the piece fits at the latest: >= place */
-        if (p == end) return match_piece(piece, end, items, s.p + last);
+        if (p == end) return match_piece(piece, end, items, s.p + last); /* at the end */
         while (!match_piece(piece, end, items, s.p + place)) {
             place++;
             if (place > last || stopping == GIVING_UP) return false;
@@ -2059,8 +2060,9 @@ static void *conn_main(void *arg) {
     c.max_words = OPEN_MAX_WORDS;
     if (password[0] == 0) log_in(&c);
     while (!c.closing && stopping != GIVING_UP) {
-        /* A transaction is read to its end before its errors are sent. A client that has
-           them may send another request, which must not get such an error. */
+        /* A transaction is read to its end before its last errors are sent. Else a client
+           that has them all could send another request, and kv would take that for a part
+           of the transaction. */
         do {
             read_more(&c);
             run_requests(&c, client.text);
@@ -2231,8 +2233,9 @@ static bool write_batch(void) {
    all that has gathered becomes the new batch. If it is set, aof_write_all tries again:
    then the rest of the old batch is written. (aof_commit does not call this then.)
    Returns false when writing fails. The caller has the lock, and has seen that there is
-   no writer and that a record is not safe. While this thread writes, the lock is
-   released; has_writer keeps the others away from batch. */
+   no writer and that a record is not safe: if batch is empty, gathered has that record.
+   While this thread writes, the lock is released; has_writer keeps the others away from
+   batch. */
 static bool be_writer(void) {
     bool is_new = !aof.broken;
     if (is_new) take_batch();
@@ -2536,8 +2539,9 @@ static int open_and_lock(char *path) {
                             closes file 1: ends its lock      file 2
          locks file 1       serves from file 2                file 2
 
-       So this kv looks where the name leads. If to file 1, nobody can change that any
-       more, because this kv now has the lock of file 1. If not, this kv ends. */
+       So this kv looks where the name leads. If to another file, this kv ends. If to file
+       1, no other kv can change that any more: a kv replaces a file only while it holds
+       the file's lock, and this kv has that of file 1 now. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
