@@ -350,7 +350,7 @@ struct conn {
     int wrong_passwords;
     size_t max_bytes, max_words; /* of a request */
     const char *closing;         /* why to close once the replies are sent; NULL: go on */
-    bool in_transaction;         /* runs nothing more: see cmd_multi */
+    bool in_transaction;         /* runs nothing more: see refuse_transaction */
     struct buf in;               /* what was read */
     size_t pos;                  /* offset in in.p of the next request */
     size_t scanned;              /* bytes from pos on in which no newline was found */
@@ -1400,56 +1400,38 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Moves *p behind the items of a piece: to the next star, or to the end of the pattern.
-   Returns how many items there are. */
-static size_t skip_piece(const char **p, const char *end) {
-    size_t items = 0;
-    while (*p < end && **p != '*') {
-        match_item(p, end, 0); /* any byte: only *p matters here */
-        items++;
-    }
-    return items;
-}
+/* Whether s matches a glob pattern. A star first takes no bytes. When what follows does
+   not match, the last star takes one byte more, and what follows it is tried again from
+   there. The stars before it need not take more. Say "a*bc*d" is matched, and its second
+   star has been reached: "bc" is at the first place where it can be. At a later place it
+   would leave fewer bytes to what follows, and those before them the second star can
+   take. (Russ Cox, "Glob Matching Can Be Simple And Fast Too", 2017.)
 
-/* Whether the next items, from p on, match the bytes from s on, one byte each. */
-static bool match_piece(const char *p, const char *end, size_t items, const char *s) {
-    for (size_t i = 0; i < items; i++)
-        if (!match_item(&p, end, s[i])) return false;
-    return true;
-}
-
-/* Whether s matches a glob pattern. Stars divide the pattern into pieces: "ab*[cd]*?e"
-   has "ab", "[cd]" and "?e". Each item of a piece matches one byte. The first piece must
-   match at the start of s, and the last one at its end. A piece between two stars is
-   taken at the first place where it matches, for good. A later place would gain nothing:
-   it leaves fewer bytes to the pieces behind, and the star between can take any bytes.
-   (Russ Cox, "Glob Matching Can Be Simple And Fast Too", 2017.) In "abxdcyze", for
-   example, "ab" is at 0, "[cd]" at 3 and "?e" at 6. An empty piece, as in "a*" or "a**b",
-   matches anywhere.
-
-   A piece may be tried at each byte of s, and each time be compared nearly to its end.
-   If s and the pattern have a megabyte each, that takes minutes. So once the server gives
-   up, this stops: the result may be wrong then, but KEYS does not send it. */
+   If s and the pattern have a megabyte each, this can take minutes. So once the server
+   gives up, it stops: the result may be wrong then, but KEYS does not send it. */
 static bool glob_match(struct slice pattern, struct slice s) {
-    const char *piece = pattern.p, *p = piece, *end = piece + pattern.len;
-    size_t items = skip_piece(&p, end);
-    if (items > s.len || !match_piece(piece, end, items, s.p)) return false;
-    if (p == end) return items == s.len; /* no star */
-    size_t place = items;                /* where the next piece may begin */
-    for (;;) {
-        /* Here p is at a star, and s is matched up to place. */
-        p++;
-        piece = p;
-        items = skip_piece(&p, end);
-        if (place + items > s.len) return false;
-        size_t last = s.len - items; /* where the piece fits at the latest: >= place */
-        if (p == end) return match_piece(piece, end, items, s.p + last); /* at the end */
-        while (!match_piece(piece, end, items, s.p + place)) {
-            place++;
-            if (place > last || stopping == GIVING_UP) return false;
+    const char *item = pattern.p, *items_end = pattern.p + pattern.len;
+    const char *byte = s.p, *bytes_end = s.p + s.len;
+    const char *star = NULL; /* the item behind the last star */
+    const char *from = NULL; /* the byte from which that item was tried last */
+    while (item < items_end || byte < bytes_end) {
+        if (item < items_end && *item == '*') {
+            item++;
+            star = item;
+            from = byte;
+            continue;
         }
-        place += items;
+        bool both = item < items_end && byte < bytes_end;
+        if (both && match_item(&item, items_end, *byte)) {
+            byte++;
+            continue;
+        }
+        if (!star || from == bytes_end || stopping == GIVING_UP) return false;
+        from++;
+        item = star;
+        byte = from;
     }
+    return true;
 }
 
 /* Adds the keys of a shard to keys: of each its length, then its bytes. The shard is
@@ -1575,25 +1557,14 @@ static bool cmd_http(struct conn *c) {
 
 #define NO_TRANSACTIONS "ERR kv has no transactions"
 
-/* EXEC, DISCARD and WATCH close the connection. */
-static bool cmd_exec(struct conn *c) {
-    c->closing = "it wants a transaction";
-    return fail(c, NO_TRANSACTIONS);
-}
-
-/* In Redis, MULTI begins a transaction: what follows is only queued, and EXEC runs it. kv
-   has none. If the connection went on, the requests in between would be run one by one,
-   while the client believes that none was run. So nothing behind MULTI is run, and the
-   connection is closed.
-
-   A text connection is closed at once. But a library sends a transaction as a whole, and
-   reports the error only after it has read a reply to each request. So with RESP each
-   request from MULTI to EXEC gets the error (run_request). Then the connection is closed:
-   by EXEC, or when nothing more has arrived (read_more). What arrives later gets no
-   reply, because kv cannot know whether it belongs to the transaction. */
-static bool cmd_multi(struct conn *c) {
-    if (!c->resp) return cmd_exec(c);
-    c->in_transaction = true;
+/* MULTI, EXEC, WATCH and DISCARD. In Redis, MULTI begins a transaction: what follows is
+   only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
+   between would be run one by one, while the client believes that none was run. So
+   nothing more is run, and the connection is closed: at once with text, and by
+   refuse_transaction with RESP. */
+static bool cmd_transaction(struct conn *c) {
+    if (c->resp) c->in_transaction = true;
+    else c->closing = "it wants a transaction";
     return fail(c, NO_TRANSACTIONS);
 }
 
@@ -1645,26 +1616,14 @@ static bool cmd_auth(struct conn *c) {
     return authenticate(c, user, c->argv[c->argc - 1]) && reply_status(c, "OK");
 }
 
-/* An item of HELLO's reply: in RESP a name and a value, in text a line. */
-static void reply_item(struct conn *c, const char *name, const char *value) {
-    struct text line;
-    snprintf(line.text, sizeof line, "%s:%s", name, value);
+/* Begins an item of HELLO's reply, which has a name and a value. In text it is a line,
+   name:value. */
+static void reply_name(struct conn *c, const char *name) {
     if (c->resp) {
         reply_value(c, str(name));
-        reply_value(c, str(value));
     } else {
-        reply_line(c, "", str(line.text));
-    }
-}
-
-static void reply_int_item(struct conn *c, const char *name, int64_t n) {
-    struct text line;
-    snprintf(line.text, sizeof line, "%s:%" PRId64, name, n);
-    if (c->resp) {
-        reply_value(c, str(name));
-        reply_int(c, n);
-    } else {
-        reply_line(c, "", str(line.text));
+        buf_add_text(&c->out, name);
+        buf_add_text(&c->out, ":");
     }
 }
 
@@ -1700,12 +1659,18 @@ static bool cmd_hello(struct conn *c) {
     /* RESP3 has a map of six pairs, RESP2 a list of twelve items. */
     if (c->resp && c->resp3) buf_add_header(&c->out, '%', 6);
     else list_start(c, 12);
-    reply_item(c, "server", "kv");
-    reply_item(c, "version", KV_VERSION);
-    reply_int_item(c, "proto", version);
-    reply_int_item(c, "id", c->id);
-    reply_item(c, "mode", "standalone");
-    reply_item(c, "role", "master");
+    reply_name(c, "server");
+    reply_value(c, str("kv"));
+    reply_name(c, "version");
+    reply_value(c, str(KV_VERSION));
+    reply_name(c, "proto");
+    reply_int(c, version);
+    reply_name(c, "id");
+    reply_int(c, c->id);
+    reply_name(c, "mode");
+    reply_value(c, str("standalone"));
+    reply_name(c, "role");
+    reply_value(c, str("master"));
     return list_end(c, 6, "item");
 }
 
@@ -1849,10 +1814,10 @@ static const struct command commands[] = {
     {"SELECT", "0", 2, 2, 0, cmd_select, "there is one database", "OK"},
     {"POST", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
     {"Host:", NULL, 1, ANY, OPEN, cmd_http, NULL, NULL},
-    {"MULTI", NULL, 1, ANY, OPEN, cmd_multi, NULL, NULL},
-    {"WATCH", NULL, 1, ANY, OPEN, cmd_exec, NULL, NULL},
-    {"EXEC", NULL, 1, ANY, OPEN, cmd_exec, NULL, NULL},
-    {"DISCARD", NULL, 1, ANY, OPEN, cmd_exec, NULL, NULL},
+    {"MULTI", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"WATCH", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"EXEC", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
+    {"DISCARD", NULL, 1, ANY, OPEN, cmd_transaction, NULL, NULL},
     {NULL, NULL, 0, 0, 0, NULL, NULL, NULL},
 };
 
@@ -1902,8 +1867,7 @@ static bool aof_is_broken(void);
 /* Runs the request in argv. Returns what the reply returned. */
 static bool run_request(struct conn *c) {
     const struct command *cmd = c->cmd = find_command(c->argv[0]);
-    bool is_exec = cmd && cmd->run == cmd_exec;
-    if (c->in_transaction && !is_exec) return fail(c, NO_TRANSACTIONS);
+    if (c->in_transaction) return fail(c, NO_TRANSACTIONS);
     if (!cmd) return fail_unknown(c, c->argv[0]);
     if (c->argc < cmd->min_words || c->argc > cmd->max_words)
         return fail(c, "ERR wrong number of arguments for '%s' command: %s %s",
@@ -1989,7 +1953,7 @@ static void end_input(struct conn *c) {
 }
 
 /* Waits for input, up to --timeout, and appends it to what there is of a request. If
-   there will be no more, says in closing why. In a transaction it does not wait. */
+   there will be no more, says in closing why. */
 static void read_more(struct conn *c) {
     struct buf *in = &c->in;
     in->len -= c->pos;
@@ -2003,12 +1967,11 @@ static void read_more(struct conn *c) {
         return;
     }
     ssize_t n;
-    do n = recv(c->fd, to, in->cap - in->len, c->in_transaction ? MSG_DONTWAIT : 0);
+    do n = recv(c->fd, to, in->cap - in->len, 0);
     while (n < 0 && errno == EINTR);
     if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    if (n < 0 && c->in_transaction) c->closing = "it wants a transaction";
     /* A read that fills the buffer has probably left more. So the buffer is doubled for
        the next read, up to IO_CHUNK. (It grows further, above, for a long request. If
        there is no memory here, the next call sees that, and closes the connection.) */
@@ -2028,6 +1991,21 @@ static void run_requests(struct conn *c, const char *client) {
             counters[c->fd % 64].commands++;
         }
         if (c->out.len + c->recorded >= IO_CHUNK) send_replies(c);
+    }
+}
+
+/* A client library sends a transaction as a whole, from MULTI to EXEC, and reports the
+   error only after it has read a reply to each of its requests. So run_request gives
+   each of them the error. This reads on until nothing more comes for 50 ms, and then has
+   the connection closed. It reads before the last errors are sent: a client that has
+   them all might send another request, and kv would take that for a part of the
+   transaction. */
+static void refuse_transaction(struct conn *c, const char *client) {
+    struct pollfd input = {.fd = c->fd, .events = POLLIN};
+    while (!c->closing && stopping != GIVING_UP) {
+        if (poll(&input, 1, 50) == 1) read_more(c);
+        else c->closing = "it wants a transaction";
+        run_requests(c, client);
     }
 }
 
@@ -2060,13 +2038,9 @@ static void *conn_main(void *arg) {
     c.max_words = OPEN_MAX_WORDS;
     if (password[0] == 0) log_in(&c);
     while (!c.closing && stopping != GIVING_UP) {
-        /* A transaction is read to its end before its last errors are sent. Else a client
-           that has them all could send another request, and kv would take that for a part
-           of the transaction. */
-        do {
-            read_more(&c);
-            run_requests(&c, client.text);
-        } while (c.in_transaction && !c.closing && stopping != GIVING_UP);
+        read_more(&c);
+        run_requests(&c, client.text);
+        if (c.in_transaction) refuse_transaction(&c, client.text);
         send_replies(&c);
     }
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
