@@ -977,14 +977,16 @@ static void heap_down(struct table *t, size_t slot, struct deadline d) {
     heap_put(t, slot, d);
 }
 
-/* Takes e's deadline away, if it has one. The last of the heap takes its slot. It may
-   come from another branch, and be sooner than its new parent: then it moves up, else
-   down, as far as it has to. Here 11, in slot 4, goes. 3, the last, takes its slot, where
-   10, in slot 2, is its parent. So it moves up:
+/* Takes e's deadline away, if it has one. The last deadline of the heap takes its slot.
+   If that comes from another branch, it may be sooner than its new parent. Then it moves
+   up, else down, as far as it has to. Here 11, in slot 4, goes. 3, the last, takes its
+   slot, is sooner than 10, its parent there, and moves up:
 
-        slot      1   2   3   4   5   6
-        before    1  10   2  11  12   3
-        after     1   3   2  10  12
+              1                      1
+           /     \                /     \
+         10       2              3       2
+        /  \     /              /  \
+      11    12  3             10    12
    */
 static void deadline_clear(struct table *t, struct entry *e) {
     size_t slot = e->slot;
@@ -1166,7 +1168,7 @@ static void note_seen(struct conn *c, const struct shard *s) {
    removed, and not found. */
 static void lock_key(struct conn *c, struct slice key) {
     uint64_t hash = siphash(table_key, key);
-    struct shard *s = &shards[hash >> 32 & (uint64_t)(opt.shards - 1)];
+    struct shard *s = &shards[(hash >> 32) & (uint64_t)(opt.shards - 1)];
     pthread_mutex_lock(&s->lock);
     c->key = key;
     c->hash = (uint32_t)hash; /* this half says the bucket, the other one the shard */
@@ -1400,12 +1402,18 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. A star first takes no bytes. When what follows does
-   not match, the last star takes one byte more, and what follows it is tried again from
-   there. The stars before it need not take more. Say "a*bc*d" is matched, and its second
-   star has been reached: "bc" is at the first place where it can be. At a later place it
-   would leave fewer bytes to what follows, and those before them the second star can
-   take. (Russ Cox, "Glob Matching Can Be Simple And Fast Too", 2017.)
+/* Whether s matches a glob pattern. A star first takes no bytes. When what follows it
+   does not match, the last star that was reached takes one byte more, and what follows it
+   is tried again from there. The stars before it keep what they have. For example:
+
+        pattern      a   *   bc   *   d
+        s            a   x   bc   y   bcd     no: d is not bcd
+                     a   x   bc   ybc d       yes: the last star takes more
+
+   Nothing is missed because the first star does not take more, too. It could take xbcy.
+   But whatever the last star and d match behind the second bc, they also match behind the
+   first bc, because the last star can take all bytes in between.
+   (Russ Cox, "Glob Matching Can Be Simple And Fast Too", 2017.)
 
    If s and the pattern have a megabyte each, this can take minutes. So once the server
    gives up, it stops: the result may be wrong then, but KEYS does not send it. */
@@ -1426,9 +1434,10 @@ static bool glob_match(struct slice pattern, struct slice s) {
             byte++;
             continue;
         }
+        /* No match. The last star, if there is one, takes one byte more. */
         if (!star || from == bytes_end || stopping == GIVING_UP) return false;
         from++;
-        item = star;
+        item = star; /* match_item may have moved it */
         byte = from;
     }
     return true;
@@ -1995,17 +2004,20 @@ static void run_requests(struct conn *c, const char *client) {
 }
 
 /* A client library sends a transaction as a whole, from MULTI to EXEC, and reports the
-   error only after it has read a reply to each of its requests. So run_request gives
-   each of them the error. This reads on until nothing more comes for 50 ms, and then has
-   the connection closed. It reads before the last errors are sent: a client that has
-   them all might send another request, and kv would take that for a part of the
-   transaction. */
+   error only after it has read a reply to each request. So run_request gives each of them
+   the error. This function runs them until nothing has come for 50 ms, and then sets
+   closing. Meanwhile the errors gather in c->out. conn_main sends them afterwards, and
+   closes. (If each error was sent at once, a client that has them all might send its next
+   request, which is not of the transaction, and that would get the error, too.) */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
     while (!c->closing && stopping != GIVING_UP) {
-        if (poll(&input, 1, 50) == 1) read_more(c);
-        else c->closing = "it wants a transaction";
-        run_requests(c, client);
+        if (poll(&input, 1, 50) == 1) {
+            read_more(c);
+            run_requests(c, client);
+        } else {
+            c->closing = "it wants a transaction";
+        }
     }
 }
 
@@ -2141,8 +2153,8 @@ static void end_batch(struct buf *b) {
 }
 
 /* Called with the lock of the record's shard, or of all shards. If memory is out,
-   nothing is appended. (While broken is set, a few more records may come, from
-   requests that run_request had let through before.) */
+   nothing is appended. (It may be called while broken is set: by a request that
+   run_request has let through just before.) */
 static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
     if (aof.fd < 0) return true;
     pthread_mutex_lock(&aof.lock);
@@ -2187,12 +2199,14 @@ static bool write_rest(int fd, const struct buf *b, size_t *written) {
     return true;
 }
 
-/* Writes the batch, or what is left of it. With "--fsync always" waits for the disk. The
-   writer calls this without the lock. Returns false when writing fails; the next call
-   goes on where it stopped. A failed fsync ends the program: the system may have dropped
-   what it could not write, and then the next fsync would succeed without it. */
+/* Writes the batch: a new one, whose checksum line is still missing, or what is left of
+   one that failed. With "--fsync always" waits for the disk. The writer calls this
+   without the lock. Returns false when writing fails; the next call goes on where it
+   stopped. A failed fsync ends the program: the system may have dropped what it could not
+   write, and then the next fsync would succeed without it. */
 static bool write_batch(void) {
     struct buf *b = &aof.batch;
+    if (!aof.broken) end_batch(b);
     bool ok = write_rest(aof.fd, b, &aof.written);
     if (!ok && !aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
     if (!ok) return false;
@@ -2203,19 +2217,20 @@ static bool write_batch(void) {
     return true;
 }
 
-/* Makes this thread the writer, for one batch. If broken is not set, batch is empty, and
-   all that has gathered becomes the new batch. If it is set, aof_write_all tries again:
-   then the rest of the old batch is written. (aof_commit does not call this then.)
-   Returns false when writing fails. The caller has the lock, and has seen that there is
-   no writer and that a record is not safe: if batch is empty, gathered has that record.
-   While this thread writes, the lock is released; has_writer keeps the others away from
-   batch. */
+/* Makes this thread the writer, for one batch. The caller has the lock, and has seen that
+   no thread is the writer, and that some record is not safe. There are two cases:
+
+     broken is not set   The last batch was written: batch is empty. So the record that is
+                         not safe is in gathered, which becomes the new batch.
+     broken is set       batch is the batch that failed, and its rest is tried again.
+                         Only aof_write_all calls this then.
+
+   While this thread writes, the lock is released, and has_writer keeps the others away
+   from batch. Returns false when writing fails. */
 static bool be_writer(void) {
-    bool is_new = !aof.broken;
-    if (is_new) take_batch();
+    if (!aof.broken) take_batch();
     aof.has_writer = true;
     pthread_mutex_unlock(&aof.lock);
-    if (is_new) end_batch(&aof.batch); /* else it has its checksum line already */
     bool ok = write_batch();
     pthread_mutex_lock(&aof.lock);
     if (ok) aof.safe = aof.batch_end;
@@ -2284,15 +2299,16 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
    The last thing of a batch is its checksum line. So if a crash has cut a batch off, no
-   such line follows: it is torn if nothing from start on looks like one. This is a guess,
-   and may be wrong:
+   such line follows: it is torn if nothing from start on looks like one. (Each byte is
+   tried, because nobody knows where a line begins there.) This is a guess, and may be
+   wrong:
 
-     what has happened                                               what kv says
-     torn; a value in the torn part contains such a line             damaged
-     torn: power failed when the system had written a later part     damaged
-       of the file to the disk, and not yet an earlier one:
+     what has happened                                              kv says
+     torn; a value in the torn part contains such a line            damaged
+     torn by a power failure: the system had written the last       damaged
+       part of the file to the disk, but not the part before it:
        ... batch #SUM 000000000 #SUM   (0: not written)
-     damaged: the last checksum line itself has changed              torn
+     damaged: the last checksum line itself has changed             torn
        ... batch #SUM batch #S?M
 
    Where it says damaged, kv changes nothing, and a person decides. Where it says torn, kv
@@ -2504,18 +2520,11 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* A name leads to a file. A rename can let it lead to another file, but fd and the
-       lock stay with the file that was opened. So this may have happened:
-
-         this kv            another kv, which starts, too     the name leads to
-         opens file 1       locks file 1, writes file 2       file 1
-                            and locks it, renames it          file 2
-                            closes file 1: ends its lock      file 2
-         locks file 1       serves from file 2                file 2
-
-       So this kv looks where the name leads. If to another file, this kv ends. If to file
-       1, no other kv can change that any more: a kv replaces a file only while it holds
-       the file's lock, and this kv has that of file 1 now. */
+    /* After open, and before lock_file, another kv may have compacted the file: it has
+       put a new file in its place, and closed this one, which ended its lock. Then this
+       kv has locked a file that has no name any more. So it looks whether the name still
+       leads to the file that it has locked. If it does, that stays so: a kv replaces a
+       file only while it has the file's lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
