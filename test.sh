@@ -324,10 +324,12 @@ threads_at_least() { # COUNT
     ((stat[19] >= $1))
 }
 
-# Besides those of the clients there are the main thread, that of expiry and TSan's own.
+# Besides those of the clients there are the main thread, TSan's own, and that of expiry, which the
+# first steps do not have.
 no_thread_is_ending() {
-    local threads=("/proc/$pid/task"/*)
-    ((${#threads[@]} == $(clients) + 2 + (${#sanitized} > 0)))
+    local threads=("/proc/$pid/task"/*) others=$((1 + (${#sanitized} > 0)))
+    if [[ ! $reached || " $reached " = *' expiry '* ]]; then others=$((others + 1)); fi
+    ((${#threads[@]} == $(clients) + others))
 }
 
 process_kb() { # VmRSS|VmHWM|VmSize: of the server, in KiB; VmHWM is the most VmRSS ever was

@@ -9,7 +9,8 @@ bats_require_minimum_version 1.5.0
 source "${BASH_SOURCE[0]%/*}/ending.bash"
 export LC_ALL=C TSAN_OPTIONS="report_thread_leaks=0 ${TSAN_OPTIONS:-}"
 KV=$(realpath "${KV:?names the kv to test}")
-shards=() && if [[ ${SANITIZER:-} = tsan ]]; then shards=(-s 32); fi # it gives up at 64 locks
+shards=() patience=20
+if [[ ${SANITIZER:-} = tsan ]]; then shards=(-s 32) patience=60; fi # it gives up at 64 locks, and is slow
 command -v pkill >/dev/null && export BATS_TEST_TIMEOUT=${BATS_TEST_TIMEOUT:-60}
 
 setup() {
@@ -62,7 +63,7 @@ stop_kv() { # [SIGNAL]: sets $status
 gone() { ! kill -0 "$@" 2>/dev/null; } # PID...
 
 wait_until() { # COMMAND...
-    local end=$((SECONDS + 20))
+    local end=$((SECONDS + patience))
     until "$@"; do
         ((SECONDS < end)) || { echo "waited in vain until: $*" && return 1; }
         sleep 0.01
