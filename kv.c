@@ -1402,45 +1402,50 @@ static bool match_item(const char **at, const char *end, char b) {
     return *p == b || (*p == '?' && !escaped);
 }
 
-/* Whether s matches a glob pattern. A star first takes no bytes. When what follows it
-   does not match, the last star that was reached takes one byte more, and what follows it
-   is tried again from there. The stars before it keep what they have. For example:
+/* Whether s matches a glob pattern. After each item of the pattern, match[n] says whether
+   the items so far match the first n bytes of s. Say "a*c" is matched with "abbc":
 
-        pattern      a   *   bc   *   d
-        s            a   x   bc   y   bcd     no: d is not bcd
-                     a   x   bc   ybc d       yes: the last star takes more
+        items        matches "a*c" so far with   ""  a  ab  abb  abbc
+        none                                     1   0  0   0    0
+        a                                        0   1  0   0    0
+        a*                                       0   1  1   1    1
+        a*c                                      0   0  0   0    1
 
-   Nothing is missed because the first star does not take more, too. It could take xbcy.
-   But whatever the last star and d match behind the second bc, they also match behind the
-   first bc, because the last star can take all bytes in between.
-   (Russ Cox, "Glob Matching Can Be Simple And Fast Too", 2017.)
+   A star takes any number of bytes: what is 1 before it makes all behind it 1. Any other
+   item takes one byte: match[n] becomes 1 if match[n - 1] was 1, and the item matches
+   byte n. (This is dynamic programming. Its time is the number of items times the number
+   of bytes.)
 
-   If s and the pattern have a megabyte each, this can take minutes. So once the server
-   gives up, it stops: the result may be wrong then, but KEYS does not send it. */
-static bool glob_match(struct slice pattern, struct slice s) {
-    const char *item = pattern.p, *items_end = pattern.p + pattern.len;
-    const char *byte = s.p, *bytes_end = s.p + s.len;
-    const char *star = NULL; /* the item behind the last star */
-    const char *from = NULL; /* the byte from which that item was tried last */
-    while (item < items_end || byte < bytes_end) {
-        if (item < items_end && *item == '*') {
-            item++;
-            star = item;
-            from = byte;
-            continue;
+   match is in row, so that the next key can use the memory again. If memory is out, row
+   has failed, and the result is wrong. It may also be wrong once the server gives up: a
+   pattern and a key of a megabyte each would take hours, so this stops then. */
+static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
+    const char *item = pattern.p, *end = pattern.p + pattern.len;
+    char *match = buf_reserve(row, s.len + 1);
+    if (!match) return false;
+    memset(match, 0, s.len + 1);
+    match[0] = 1;
+    while (item < end && stopping != GIVING_UP) {
+        const char *next = item;
+        if (*item == '*') {
+            next++;
+            for (size_t n = 1; n <= s.len; n++)
+                if (match[n - 1]) match[n] = 1;
+        } else {
+            bool any = false;
+            match_item(&next, end, 0); /* only to move next behind the item */
+            for (size_t n = s.len; n > 0 && stopping != GIVING_UP; n--) {
+                const char *at = item;
+                bool matches = match[n - 1] && match_item(&at, end, s.p[n - 1]);
+                match[n] = matches;
+                if (matches) any = true;
+            }
+            match[0] = 0;
+            if (!any) return false;
         }
-        bool both = item < items_end && byte < bytes_end;
-        if (both && match_item(&item, items_end, *byte)) {
-            byte++;
-            continue;
-        }
-        /* No match. The last star, if there is one, takes one byte more. */
-        if (!star || from == bytes_end || stopping == GIVING_UP) return false;
-        from++;
-        item = star; /* match_item may have moved it */
-        byte = from;
+        item = next;
     }
-    return true;
+    return match[s.len];
 }
 
 /* Adds the keys of a shard to keys: of each its length, then its bytes. The shard is
@@ -1471,7 +1476,7 @@ static struct slice next_key(const struct buf *keys, size_t *at) {
 /* A list that is cut short because the server gives up is not sent. */
 static bool cmd_keys(struct conn *c) {
     struct slice pattern = c->argc > 1 ? c->argv[1] : str("*");
-    struct buf keys = {0}, found = {0};
+    struct buf keys = {0}, found = {0}, row = {0};
     size_t n = 0;
     for (long i = 0; i < opt.shards && stopping != GIVING_UP; i++) {
         keys.len = 0;
@@ -1479,13 +1484,13 @@ static bool cmd_keys(struct conn *c) {
         if (keys.failed) break;
         for (size_t at = 0; at < keys.len && stopping != GIVING_UP;) {
             size_t start = at;
-            if (!glob_match(pattern, next_key(&keys, &at))) continue;
+            if (!glob_match(pattern, next_key(&keys, &at), &row)) continue;
             buf_add(&found, keys.p + start, at - start);
             n++;
         }
     }
     bool gave_up = stopping == GIVING_UP;
-    bool ok = !keys.failed && !found.failed && !gave_up;
+    bool ok = !keys.failed && !found.failed && !row.failed && !gave_up;
     if (ok) {
         size_t at = 0;
         list_start(c, n);
@@ -1494,6 +1499,7 @@ static bool cmd_keys(struct conn *c) {
     }
     free(keys.p);
     free(found.p);
+    free(row.p);
     if (gave_up) return fail(c, "ERR the server stops");
     return ok || fail_oom(c);
 }
@@ -1570,7 +1576,8 @@ static bool cmd_http(struct conn *c) {
    only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
    between would be run one by one, while the client believes that none was run. So
    nothing more is run, and the connection is closed: at once with text, and by
-   refuse_transaction with RESP. */
+   refuse_transaction with RESP. (With text there is no library that waits for a reply to
+   each request.) */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->in_transaction = true;
     else c->closing = "it wants a transaction";
@@ -2005,10 +2012,10 @@ static void run_requests(struct conn *c, const char *client) {
 
 /* A client library sends a transaction as a whole, from MULTI to EXEC, and reports the
    error only after it has read a reply to each request. So run_request gives each of them
-   the error. This function runs them until nothing has come for 50 ms, and then sets
-   closing. Meanwhile the errors gather in c->out. conn_main sends them afterwards, and
-   closes. (If each error was sent at once, a client that has them all might send its next
-   request, which is not of the transaction, and that would get the error, too.) */
+   the error, until nothing has come for 50 ms. The last errors stay in c->out until then.
+   conn_main sends them, and closes at once, so that a client that has all its replies
+   also sees the end. (If it did not, it might send its next request here. That is not
+   part of the transaction, but would get the error.) */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
     while (!c->closing && stopping != GIVING_UP) {
@@ -2089,9 +2096,9 @@ static void *conn_main(void *arg) {
    has gathered meanwhile. The writer sets broken, and is done. The threads that wait for
    one of the records 5 to 8 wait no longer. Those with a request that writes answer
    MISCONF, the others as usual (send_replies). While broken is set, requests that would
-   write are refused (run_request). Only the expiry thread still tries to write, once a
-   second (aof_write_all). It begins with the rest of the batch. Once that is in the file,
-   safe is 7 and broken is cleared; then it writes record 8 as the next batch. */
+   write are refused (run_request). Only the expiry thread still tries to write the rest
+   of the batch, once a second (retry_batch). Once that is in the file, safe is 7 and
+   broken is cleared. Then record 8 is written as the next batch. */
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
@@ -2199,76 +2206,79 @@ static bool write_rest(int fd, const struct buf *b, size_t *written) {
     return true;
 }
 
-/* Writes the batch: a new one, whose checksum line is still missing, or what is left of
-   one that failed. With "--fsync always" waits for the disk. The writer calls this
-   without the lock. Returns false when writing fails; the next call goes on where it
-   stopped. A failed fsync ends the program: the system may have dropped what it could not
-   write, and then the next fsync would succeed without it. */
+/* Writes what is left of the batch. With "--fsync always" waits for the disk. Returns
+   false when writing fails; the next call goes on where it stopped. A failed fsync ends
+   the program: the system may have dropped what it could not write, and then the next
+   fsync would succeed without it. */
 static bool write_batch(void) {
-    struct buf *b = &aof.batch;
-    if (!aof.broken) end_batch(b);
-    bool ok = write_rest(aof.fd, b, &aof.written);
-    if (!ok && !aof.broken) say(ERROR, "%s: %s", opt.aof, strerror(errno));
-    if (!ok) return false;
+    if (!write_rest(aof.fd, &aof.batch, &aof.written)) return false;
     if (fsync_policy == FSYNC_ALWAYS && !sync_file(aof.fd)) die_of_aof("fsync");
-    if (aof.broken) say(WARN, "%s: works again", opt.aof);
-    b->len = 0;
-    buf_slim(b);
+    aof.batch.len = 0;
+    buf_slim(&aof.batch);
     return true;
 }
 
-/* Makes this thread the writer, for one batch. The caller has the lock, and has seen that
-   no thread is the writer, and that some record is not safe. There are two cases:
-
-     broken is not set   The last batch was written: batch is empty. So the record that is
-                         not safe is in gathered, which becomes the new batch.
-     broken is set       batch is the batch that failed, and its rest is tried again.
-                         Only aof_write_all calls this then.
-
+/* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
+   has the lock, and has seen that there is no writer, that broken is not set, and that a
+   record is not safe. (So that record has gathered: all batches before were written.)
    While this thread writes, the lock is released, and has_writer keeps the others away
-   from batch. Returns false when writing fails. */
-static bool be_writer(void) {
-    if (!aof.broken) take_batch();
+   from batch. */
+static void be_writer(void) {
+    take_batch();
     aof.has_writer = true;
     pthread_mutex_unlock(&aof.lock);
+    end_batch(&aof.batch);
     bool ok = write_batch();
+    if (!ok) say(ERROR, "%s: %s", opt.aof, strerror(errno));
     pthread_mutex_lock(&aof.lock);
     if (ok) aof.safe = aof.batch_end;
-    aof.broken = !ok;
+    else aof.broken = true;
     aof.has_writer = false;
     pthread_cond_broadcast(&aof.done);
-    return ok;
 }
 
-/* Waits until the records that c has seen are safe: while another thread is the writer,
-   this one waits; if none is, it becomes the writer. Before that, it yields: threads that
-   wait for a processor append their records now, and more records share a write. Returns
-   false when writing fails. */
+/* Tries again to write the batch that failed. While broken is set, nobody becomes the
+   writer, so batch belongs to the one thread that calls this: that of expiry, or main
+   when that has ended. Returns false when writing fails again. */
+static bool retry_batch(void) {
+    if (!write_batch()) return false;
+    say(WARN, "%s: works again", opt.aof);
+    pthread_mutex_lock(&aof.lock);
+    aof.safe = aof.batch_end;
+    aof.broken = false;
+    pthread_mutex_unlock(&aof.lock);
+    return true;
+}
+
+/* Waits until a record is safe: while another thread is the writer, this one waits; if
+   none is, it becomes the writer. Returns false when writing fails. */
+static bool wait_until_safe(uint64_t record) {
+    pthread_mutex_lock(&aof.lock);
+    while (aof.safe < record && !aof.broken) {
+        if (aof.has_writer) pthread_cond_wait(&aof.done, &aof.lock);
+        else be_writer();
+    }
+    pthread_mutex_unlock(&aof.lock);
+    return aof.safe >= record;
+}
+
+/* Before it waits, it yields: other threads that are ready to run append their records
+   now, and more records share a write. */
 static bool aof_commit(struct conn *c) {
     if (aof.safe >= c->seen) return true;
     if (aof.broken) return false;
     sched_yield();
-    pthread_mutex_lock(&aof.lock);
-    while (aof.safe < c->seen && !aof.broken) {
-        if (aof.has_writer) pthread_cond_wait(&aof.done, &aof.lock);
-        else be_writer(); /* writes all that has gathered, or sets broken */
-    }
-    pthread_mutex_unlock(&aof.lock);
-    return aof.safe >= c->seen;
+    return wait_until_safe(c->seen);
 }
 
-/* Writes all records that there are now. Unlike aof_commit, it does so also while broken
-   is set: that is how a failed write is tried again. Returns false when writing fails. */
+/* Writes all records that there are now, also if writing has failed before. Returns false
+   when it fails. */
 static bool aof_write_all(void) {
-    bool ok = true;
+    if (aof.broken && !retry_batch()) return false;
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    while (aof.safe < end && ok) {
-        if (aof.has_writer) pthread_cond_wait(&aof.done, &aof.lock);
-        else ok = be_writer();
-    }
     pthread_mutex_unlock(&aof.lock);
-    return ok;
+    return wait_until_safe(end);
 }
 
 /* The expiry thread calls this each second. Tries again what could not be written, and
@@ -2298,21 +2308,17 @@ static bool is_sum_line(const char *p, const char *end) {
      ... batch #SUM batch #SUM records rec|          a crash has cut the end off: torn
      ... batch #SUM ba?ch #SUM records #SUM          a byte has changed: damaged
 
-   The last thing of a batch is its checksum line. So if a crash has cut a batch off, no
-   such line follows: it is torn if nothing from start on looks like one. (Each byte is
-   tried, because nobody knows where a line begins there.) This is a guess, and may be
-   wrong:
+   The last thing of a batch is its checksum line. So if a crash has cut a batch off,
+   there is no such line behind start: kv looks for one at each byte. If it finds none, it
+   says torn, else damaged. This is a guess, and may be wrong:
 
-     what has happened                                              kv says
-     torn; a value in the torn part contains such a line            damaged
-     torn by a power failure: the system had written the last       damaged
-       part of the file to the disk, but not the part before it:
-       ... batch #SUM 000000000 #SUM   (0: not written)
-     damaged: the last checksum line itself has changed             torn
-       ... batch #SUM batch #S?M
+   1. The batch is torn, but a value in it contains a checksum line. kv says damaged.
+   2. The power failed. The system had written the end of the batch to the disk, but not
+      yet the part before: ... batch #SUM 000000000 #SUM. kv says damaged, not torn.
+   3. Only the last checksum line has changed: ... batch #SUM batch #S?M. kv says torn.
 
    Where it says damaged, kv changes nothing, and a person decides. Where it says torn, kv
-   cuts the batch off with a warning; in the last case its records were good. */
+   cuts the batch off with a warning; in case 3 its records were good. */
 static bool is_torn(struct slice file, size_t start) {
     const char *end = file.p + file.len;
     for (const char *p = file.p + start; p < end; p++)
@@ -2520,11 +2526,17 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* After open, and before lock_file, another kv may have compacted the file: it has
-       put a new file in its place, and closed this one, which ended its lock. Then this
-       kv has locked a file that has no name any more. So it looks whether the name still
-       leads to the file that it has locked. If it does, that stays so: a kv replaces a
-       file only while it has the file's lock. */
+    /* Another kv may have compacted the file meanwhile (see write_compact):
+
+         this kv                 the other kv
+         opens the old file      has the lock of the old file
+                                 locks the new file, and gives it the name
+                                 closes the old file, which ends that lock
+         locks the old file
+
+       Then the file that this kv has locked has no name any more. So it looks whether the
+       name still leads to that file. If it does, that stays so: a kv replaces a file only
+       while it has the file's lock. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
