@@ -80,3 +80,11 @@ answers() { # REQUEST REPLY ...: the text of an error does not matter
     wait "$pid" || status=$?
     [[ $status = 1 ]]
 }
+
+@test "what a client sends before AUTH is not in the log: it may be the password" {
+    (umask 077 && echo right >"$tmp/password")
+    start_kv -vv --password-file "$tmp/password"
+    ask 'SET a mistyped' | is '(error) NOAUTH Authentication required.'
+    stop_kv
+    if grep mistyped "$log"; then return 1; fi
+}
