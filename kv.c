@@ -1411,10 +1411,10 @@ static bool match_item(const char **at, const char *end, char b) {
         a*                                       0   1  1   1    1
         a*c                                      0   0  0   0    1
 
-   A star takes any number of bytes: what is 1 before it makes all behind it 1. Any other
-   item takes one byte: match[n] becomes 1 if match[n - 1] was 1, and the item matches
-   byte n. (This is dynamic programming. Its time is the number of items times the number
-   of bytes.)
+   A star takes any number of bytes: all values after the first 1 become 1. Any other item
+   takes one byte: match[n] becomes 1 if match[n - 1] was 1 before this item, and the item
+   matches byte n. When no 1 is left, no more can come. (This is dynamic programming. Its
+   time is the number of items times the number of bytes.)
 
    match is in row, so that the next key can use the memory again. If memory is out, row
    has failed, and the result is wrong. It may also be wrong once the server gives up: a
@@ -1430,10 +1430,11 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
         if (*item == '*') {
             next++;
             for (size_t n = 1; n <= s.len; n++)
-                if (match[n - 1]) match[n] = 1;
+                if (match[n - 1]) match[n] = 1; /* also if it has just become 1 */
         } else {
             bool any = false;
             match_item(&next, end, 0); /* only to move next behind the item */
+            /* From the end: match[n - 1] must be the value from before this item. */
             for (size_t n = s.len; n > 0 && stopping != GIVING_UP; n--) {
                 const char *at = item;
                 bool matches = match[n - 1] && match_item(&at, end, s.p[n - 1]);
@@ -2011,11 +2012,16 @@ static void run_requests(struct conn *c, const char *client) {
 }
 
 /* A client library sends a transaction as a whole, from MULTI to EXEC, and reports the
-   error only after it has read a reply to each request. So run_request gives each of them
-   the error, until nothing has come for 50 ms. The last errors stay in c->out until then.
-   conn_main sends them, and closes at once, so that a client that has all its replies
-   also sees the end. (If it did not, it might send its next request here. That is not
-   part of the transaction, but would get the error.) */
+   error only after it has read a reply to each request:
+
+        client                        this thread
+        MULTI, SET a 1, EXEC  --->    gives each the error (run_request)
+                                      waits until nothing has come for 50 ms
+        reads the replies     <---    sends the errors, and closes (conn_main)
+
+   The errors are held back until the end, because a client that has all its replies may
+   send its next request. That is not part of the transaction, but on this connection it
+   would get the error, too. */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
     while (!c->closing && stopping != GIVING_UP) {
@@ -2220,7 +2226,7 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
    has the lock, and has seen that there is no writer, that broken is not set, and that a
-   record is not safe. (So that record has gathered: all batches before were written.)
+   record is not safe. (It is in gathered then, because all batches before were written.)
    While this thread writes, the lock is released, and has_writer keeps the others away
    from batch. */
 static void be_writer(void) {
@@ -2238,8 +2244,8 @@ static void be_writer(void) {
 }
 
 /* Tries again to write the batch that failed. While broken is set, nobody becomes the
-   writer, so batch belongs to the one thread that calls this: that of expiry, or main
-   when that has ended. Returns false when writing fails again. */
+   writer, and nobody waits. So batch belongs to the one thread that calls this: that of
+   expiry, or main when that has ended. Returns false when writing fails again. */
 static bool retry_batch(void) {
     if (!write_batch()) return false;
     say(WARN, "%s: works again", opt.aof);
@@ -2274,10 +2280,11 @@ static bool aof_commit(struct conn *c) {
 /* Writes all records that there are now, also if writing has failed before. Returns false
    when it fails. */
 static bool aof_write_all(void) {
-    if (aof.broken && !retry_batch()) return false;
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
+    bool has_failed = aof.broken;
     pthread_mutex_unlock(&aof.lock);
+    if (has_failed && !retry_batch()) return false;
     return wait_until_safe(end);
 }
 
@@ -2535,8 +2542,8 @@ static int open_and_lock(char *path) {
          locks the old file
 
        Then the file that this kv has locked has no name any more. So it looks whether the
-       name still leads to that file. If it does, that stays so: a kv replaces a file only
-       while it has the file's lock. */
+       name still leads to that file. If it does, no kv can replace the file any more: for
+       that it would need the lock, which this kv has now. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2600,7 +2607,7 @@ static void prepare_connection(int fd) {
     enum { OPEN_TIMEOUT = 10 }; /* s, before AUTH */
     bool is_short = opt.timeout > 0 && opt.timeout < OPEN_TIMEOUT;
     set_timeouts(fd, is_short ? opt.timeout : OPEN_TIMEOUT);
-    fcntl(fd, F_SETFL, 0); /* BSD hands on O_NONBLOCK from the listener */
+    fcntl(fd, F_SETFL, 0); /* on BSD the socket has O_NONBLOCK, as the listener has */
     set_option_of(fd, IPPROTO_TCP, TCP_NODELAY, 1);
     set_option_of(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
 #ifdef TCP_KEEPIDLE /* else a client that has vanished is found after hours */
