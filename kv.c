@@ -1417,15 +1417,14 @@ static bool match_item(const char **at, const char *end, char b) {
    time is the number of items times the number of bytes.)
 
    match is in row, so that the next key can use the memory again. If memory is out, row
-   has failed, and the result is wrong. It may also be wrong once the server gives up: a
-   pattern and a key of a megabyte each would take hours, so this stops then. */
+   has failed, and the result is wrong. */
 static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
     const char *item = pattern.p, *end = pattern.p + pattern.len;
     char *match = buf_reserve(row, s.len + 1);
     if (!match) return false;
     memset(match, 0, s.len + 1);
     match[0] = 1;
-    while (item < end && stopping != GIVING_UP) {
+    while (item < end) {
         const char *next = item;
         if (*item == '*') {
             next++;
@@ -1435,7 +1434,7 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
             bool any = false;
             match_item(&next, end, 0); /* only to move next behind the item */
             /* From the end: match[n - 1] must be the value from before this item. */
-            for (size_t n = s.len; n > 0 && stopping != GIVING_UP; n--) {
+            for (size_t n = s.len; n > 0; n--) {
                 const char *at = item;
                 bool matches = match[n - 1] && match_item(&at, end, s.p[n - 1]);
                 match[n] = matches;
@@ -1474,24 +1473,22 @@ static struct slice next_key(const struct buf *keys, size_t *at) {
     return key;
 }
 
-/* A list that is cut short because the server gives up is not sent. */
 static bool cmd_keys(struct conn *c) {
     struct slice pattern = c->argc > 1 ? c->argv[1] : str("*");
     struct buf keys = {0}, found = {0}, row = {0};
     size_t n = 0;
-    for (long i = 0; i < opt.shards && stopping != GIVING_UP; i++) {
+    for (long i = 0; i < opt.shards; i++) {
         keys.len = 0;
         copy_keys(c, &shards[i], &keys);
         if (keys.failed) break;
-        for (size_t at = 0; at < keys.len && stopping != GIVING_UP;) {
+        for (size_t at = 0; at < keys.len;) {
             size_t start = at;
             if (!glob_match(pattern, next_key(&keys, &at), &row)) continue;
             buf_add(&found, keys.p + start, at - start);
             n++;
         }
     }
-    bool gave_up = stopping == GIVING_UP;
-    bool ok = !keys.failed && !found.failed && !row.failed && !gave_up;
+    bool ok = !keys.failed && !found.failed && !row.failed;
     if (ok) {
         size_t at = 0;
         list_start(c, n);
@@ -1501,7 +1498,6 @@ static bool cmd_keys(struct conn *c) {
     free(keys.p);
     free(found.p);
     free(row.p);
-    if (gave_up) return fail(c, "ERR the server stops");
     return ok || fail_oom(c);
 }
 
@@ -1588,16 +1584,11 @@ static bool cmd_transaction(struct conn *c) {
 /* The first line of --password-file; empty: nobody needs one. */
 static char password[1024];
 
-/* Takes the same time whichever byte of the word is wrong, so that nobody learns anything
-   about the password from the time. */
+/* Compares the hashes, which takes the same time whichever byte of the word is wrong. So
+   nobody learns anything about the password from the time. (A wrong word has the right
+   hash once in 2^64 times.) */
 static bool is_password(struct slice word) {
-    size_t len = strlen(password);
-    bool ok = word.len == len;
-    for (size_t i = 0; i < word.len; i++) {
-        /* word may be longer than password: % keeps the index inside. */
-        if (word.p[i] != password[i % sizeof password]) ok = false;
-    }
-    return ok;
+    return siphash(table_key, word) == siphash(table_key, str(password));
 }
 
 static void set_timeouts(int fd, long seconds);
@@ -2037,18 +2028,13 @@ static void refuse_transaction(struct conn *c, const char *client) {
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and the client's system may throw away
    replies that the client has not read yet. So this ends only our side first, and reads
-   until the client closes its side, but for ms milliseconds at most. */
-static void hang_up(int fd, int ms) {
+   until the client closes its side, or is silent for a second, but for two at most. */
+static void hang_up(int fd) {
     char unread[1024];
-    struct pollfd input = {.fd = fd, .events = POLLIN};
-    int64_t end = monotonic_us() / 1000 + ms, left = ms;
-    bool open = shutdown(fd, SHUT_WR) == 0;
-    while (open && left >= 0) {
-        int ready = poll(&input, 1, (int)left);
-        if (ready == 0) break;
-        if (ready > 0) open = recv(fd, unread, sizeof unread, MSG_DONTWAIT) > 0;
-        left = end - monotonic_us() / 1000;
-    }
+    int64_t end = monotonic_us() + 1000000;
+    set_timeouts(fd, 1);
+    shutdown(fd, SHUT_WR);
+    while (recv(fd, unread, sizeof unread, 0) > 0 && monotonic_us() < end) continue;
     close(fd);
 }
 
@@ -2073,7 +2059,7 @@ static void *conn_main(void *arg) {
     free(c.argv);
     free(c.out.p);
     clients--; /* before the client sees the end: the next one may come at once */
-    hang_up(c.fd, 1000);
+    hang_up(c.fd);
     threads--; /* the last thing: main ends the program at 0 */
     return NULL;
 }
@@ -2622,9 +2608,12 @@ static void refuse_client(int fd, const char *why) {
     static atomic_llong logged;
     static const char text[] = "-ERR max number of clients reached\r\n";
     if (is_first_this_second(&logged)) say(WARN, "client refused: %s", why);
+    char unread[1024];
     ssize_t n = send(fd, text, sizeof text - 1, MSG_DONTWAIT);
-    (void)n;        /* if it fails, the client sees only the end */
-    hang_up(fd, 0); /* main does not wait: the client may miss the text */
+    /* As in hang_up, but main does not wait: the client may miss the text. */
+    n = recv(fd, unread, sizeof unread, MSG_DONTWAIT);
+    (void)n;
+    close(fd);
 }
 
 /* Accepts a client and starts its thread. Where the system has no descriptor or no memory
@@ -2851,10 +2840,6 @@ int main(int argc, char **argv) {
     stop_connections();
     pthread_join(expiry, NULL);
     bool ok = !opt.aof || aof_close();
-    if (threads > 0) return ok ? 0 : 1; /* they may still use what is freed below */
-    for (long i = 0; i < opt.shards; i++) table_free(&shards[i].table);
-    free(aof.gathered.p);
-    free(aof.batch.p);
     say(INFO, "stopped");
-    return ok ? 0 : 1;
+    return ok ? 0 : 1; /* the system frees all memory; a thread that is left ends here */
 }
