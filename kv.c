@@ -1572,9 +1572,8 @@ static bool cmd_http(struct conn *c) {
 /* MULTI, EXEC, WATCH and DISCARD. In Redis, MULTI begins a transaction: what follows is
    only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
    between would be run one by one, while the client believes that none was run. So
-   nothing more is run, and the connection is closed: at once with text, and by
-   refuse_transaction with RESP. (With text there is no library that waits for a reply to
-   each request.) */
+   nothing more is run, and the connection is closed: with text at once, with RESP by
+   refuse_transaction, because a client library first wants a reply to each request. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->in_transaction = true;
     else c->closing = "it wants a transaction";
@@ -2002,17 +2001,18 @@ static void run_requests(struct conn *c, const char *client) {
     }
 }
 
-/* A client library sends a transaction as a whole, from MULTI to EXEC, and reports the
-   error only after it has read a reply to each request:
+/* A client library sends a transaction as a whole, and reports the error only after it
+   has read a reply to each request:
 
         client                        this thread
         MULTI, SET a 1, EXEC  --->    gives each the error (run_request)
                                       waits until nothing has come for 50 ms
         reads the replies     <---    sends the errors, and closes (conn_main)
 
-   The errors are held back until the end, because a client that has all its replies may
-   send its next request. That is not part of the transaction, but on this connection it
-   would get the error, too. */
+   The thread does not wait for EXEC, because a client may send MULTI alone, and wait for
+   the reply. It sends the errors only when it closes (or when they fill IO_CHUNK bytes).
+   Earlier, a client that has all its replies could send its next request here, and that
+   would get the error, too. After a close the client connects again. */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
     while (!c->closing && stopping != GIVING_UP) {
@@ -2028,7 +2028,8 @@ static void refuse_transaction(struct conn *c, const char *client) {
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and the client's system may throw away
    replies that the client has not read yet. So this ends only our side first, and reads
-   until the client closes its side, or is silent for a second, but for two at most. */
+   until the client closes its side or is silent for a second. A client that sends on and
+   on is cut off after one or two seconds. */
 static void hang_up(int fd) {
     char unread[1024];
     int64_t end = monotonic_us() + 1000000;
@@ -2212,9 +2213,9 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
    has the lock, and has seen that there is no writer, that broken is not set, and that a
-   record is not safe. (It is in gathered then, because all batches before were written.)
-   While this thread writes, the lock is released, and has_writer keeps the others away
-   from batch. */
+   record is not safe. Then batch is empty: all batches so far were written, and are safe.
+   So that record is in gathered. While this thread writes, the lock is released, and
+   has_writer keeps the others away from batch. */
 static void be_writer(void) {
     take_batch();
     aof.has_writer = true;
@@ -2268,7 +2269,7 @@ static bool aof_commit(struct conn *c) {
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    bool has_failed = aof.broken;
+    bool has_failed = aof.broken; /* this stays so until retry_batch clears it */
     pthread_mutex_unlock(&aof.lock);
     if (has_failed && !retry_batch()) return false;
     return wait_until_safe(end);
