@@ -1371,6 +1371,7 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
         [c-a]    a, b or c: a range may be written either way round
         [\a-c]   a, - or c: an escaped byte begins no range, so - is a byte like others
         [X-]a]   X to ], or a: a ] at the end of a range does not end the class
+        [a-]     a to ]: this class goes on to the end of the pattern
 
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
@@ -1411,10 +1412,11 @@ static bool match_item(const char **at, const char *end, char b) {
         a*                                       0   1  1   1    1
         a*c                                      0   0  0   0    1
 
-   A star takes any number of bytes: all values after the first 1 become 1. Any other item
-   takes one byte: match[n] becomes 1 if match[n - 1] was 1 before this item, and the item
-   matches byte n. When no 1 is left, no more can come. (This is dynamic programming. Its
-   time is the number of items times the number of bytes.)
+   There is one row, which each item overwrites. A star takes any number of bytes: all
+   values after the first 1 become 1. Any other item takes one byte: match[n] becomes 1 if
+   match[n - 1] was 1 before this item, and the item matches byte n. When no 1 is left, no
+   more can come. (This is dynamic programming. Its time is the number of items times the
+   number of bytes.)
 
    match is in row, so that the next key can use the memory again. If memory is out, row
    has failed, and the result is wrong. */
@@ -1433,7 +1435,7 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
         } else {
             bool any = false;
             match_item(&next, end, 0); /* only to move next behind the item */
-            /* From the end: match[n - 1] must be the value from before this item. */
+            /* Backwards, because match[n - 1] must be as it was before this item. */
             for (size_t n = s.len; n > 0; n--) {
                 const char *at = item;
                 bool matches = match[n - 1] && match_item(&at, end, s.p[n - 1]);
@@ -2010,9 +2012,11 @@ static void run_requests(struct conn *c, const char *client) {
         reads the replies     <---    sends the errors, and closes (conn_main)
 
    The thread does not wait for EXEC, because a client may send MULTI alone, and wait for
-   the reply. It sends the errors only when it closes (or when they fill IO_CHUNK bytes).
-   Earlier, a client that has all its replies could send its next request here, and that
-   would get the error, too. After a close the client connects again. */
+   the reply. It sends the errors together with the close (some before, if they fill
+   IO_CHUNK bytes). If it sent all of them first, the client would think that the
+   transaction is over, and send its next request, which has nothing to do with it, on
+   this connection. That would get the error, too. So the client has to connect again for
+   its next request. */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
     while (!c->closing && stopping != GIVING_UP) {
@@ -2213,9 +2217,9 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
    has the lock, and has seen that there is no writer, that broken is not set, and that a
-   record is not safe. Then batch is empty: all batches so far were written, and are safe.
-   So that record is in gathered. While this thread writes, the lock is released, and
-   has_writer keeps the others away from batch. */
+   record is not safe. (No writer, and not broken: so batch is empty, and all records up
+   to batch_end are safe. So the one that is not is in gathered.) While this thread
+   writes, the lock is released, and has_writer keeps the others away from batch. */
 static void be_writer(void) {
     take_batch();
     aof.has_writer = true;
@@ -2230,15 +2234,17 @@ static void be_writer(void) {
     pthread_cond_broadcast(&aof.done);
 }
 
-/* Tries again to write the batch that failed. While broken is set, nobody becomes the
-   writer, and nobody waits. So batch belongs to the one thread that calls this: that of
-   expiry, or main when that has ended. Returns false when writing fails again. */
+/* Tries again to write the batch that failed. While broken is set, no thread becomes the
+   writer, so batch is left to the expiry thread, which calls this, and later to main.
+   (The writer that set broken is done: it cleared has_writer under the same lock.)
+   Returns false when writing fails again. */
 static bool retry_batch(void) {
     if (!write_batch()) return false;
     say(WARN, "%s: works again", opt.aof);
     pthread_mutex_lock(&aof.lock);
     aof.safe = aof.batch_end;
     aof.broken = false;
+    pthread_cond_broadcast(&aof.done); /* for one that has not yet seen broken */
     pthread_mutex_unlock(&aof.lock);
     return true;
 }
@@ -2309,7 +2315,8 @@ static bool is_sum_line(const char *p, const char *end) {
    1. The batch is torn, but a value in it contains a checksum line. kv says damaged.
    2. The power failed. The system had written the end of the batch to the disk, but not
       yet the part before: ... batch #SUM 000000000 #SUM. kv says damaged, not torn.
-   3. Only the last checksum line has changed: ... batch #SUM batch #S?M. kv says torn.
+   3. Only the last checksum line has changed, and looks like none any more:
+      ... batch #SUM batch #S?M. kv says torn.
 
    Where it says damaged, kv changes nothing, and a person decides. Where it says torn, kv
    cuts the batch off with a warning; in case 3 its records were good. */
@@ -2528,9 +2535,10 @@ static int open_and_lock(char *path) {
                                  closes the old file, which ends that lock
          locks the old file
 
-       Then the file that this kv has locked has no name any more. So it looks whether the
-       name still leads to that file. If it does, no kv can replace the file any more: for
-       that it would need the lock, which this kv has now. */
+       This kv gets the lock only after that close. Then the file that it has locked has
+       no name any more. So it looks whether the name still leads to its file. If it does,
+       no kv can replace the file any more: a kv that compacts a file has locked it, here,
+       before. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
