@@ -2004,19 +2004,17 @@ static void run_requests(struct conn *c, const char *client) {
 }
 
 /* A client library sends a transaction as a whole, and reports the error only after it
-   has read a reply to each request:
+   has read a reply to each request. So there are three things that this must not do:
 
-        client                        this thread
-        MULTI, SET a 1, EXEC  --->    gives each the error (run_request)
-                                      waits until nothing has come for 50 ms
-        reads the replies     <---    sends the errors, and closes (conn_main)
+     - Close at once: the library would miss replies.
+     - Wait for EXEC: a client may send MULTI alone, and wait for the reply.
+     - Send the errors at once, and close later: the client would think that the
+       transaction is over, and send its next request on this connection. That request
+       would get the error, too, although it has nothing to do with the transaction.
 
-   The thread does not wait for EXEC, because a client may send MULTI alone, and wait for
-   the reply. It sends the errors together with the close (some before, if they fill
-   IO_CHUNK bytes). If it sent all of them first, the client would think that the
-   transaction is over, and send its next request, which has nothing to do with it, on
-   this connection. That would get the error, too. So the client has to connect again for
-   its next request. */
+   So each request gets the error (run_request), and the errors gather in c->out, until
+   nothing has come for 50 ms. Then conn_main sends them, and closes directly after that.
+   (If they fill IO_CHUNK bytes, run_requests sends some of them before.) */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
     while (!c->closing && stopping != GIVING_UP) {
@@ -2218,8 +2216,9 @@ static bool write_batch(void) {
 /* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
    has the lock, and has seen that there is no writer, that broken is not set, and that a
    record is not safe. (No writer, and not broken: so batch is empty, and all records up
-   to batch_end are safe. So the one that is not is in gathered.) While this thread
-   writes, the lock is released, and has_writer keeps the others away from batch. */
+   to batch_end are safe. So the record that is not safe is in gathered.) While this
+   thread writes, the lock is released, and has_writer keeps the others away from
+   batch. */
 static void be_writer(void) {
     take_batch();
     aof.has_writer = true;
@@ -2237,14 +2236,14 @@ static void be_writer(void) {
 /* Tries again to write the batch that failed. While broken is set, no thread becomes the
    writer, so batch is left to the expiry thread, which calls this, and later to main.
    (The writer that set broken is done: it cleared has_writer under the same lock.)
-   Returns false when writing fails again. */
+   Returns false when writing fails again. No thread has to be woken: be_writer has woken
+   all, and while broken is set none begins to wait. */
 static bool retry_batch(void) {
     if (!write_batch()) return false;
     say(WARN, "%s: works again", opt.aof);
     pthread_mutex_lock(&aof.lock);
     aof.safe = aof.batch_end;
     aof.broken = false;
-    pthread_cond_broadcast(&aof.done); /* for one that has not yet seen broken */
     pthread_mutex_unlock(&aof.lock);
     return true;
 }
@@ -2537,8 +2536,8 @@ static int open_and_lock(char *path) {
 
        This kv gets the lock only after that close. Then the file that it has locked has
        no name any more. So it looks whether the name still leads to its file. If it does,
-       no kv can replace the file any more: a kv that compacts a file has locked it, here,
-       before. */
+       no kv can replace the file any more: only the kv that has locked a file compacts
+       it. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
