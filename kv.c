@@ -1371,7 +1371,6 @@ static bool cmd_pttl(struct conn *c) { return reply_ttl(c, 1); }
         [c-a]    a, b or c: a range may be written either way round
         [\a-c]   a, - or c: an escaped byte begins no range, so - is a byte like others
         [X-]a]   X to ], or a: a ] at the end of a range does not end the class
-        [a-]     a to ]: this class goes on to the end of the pattern
 
    class = "[" ["^"] { byte | byte "-" byte | "\" byte } ("]" | end of the pattern) */
 static bool match_class(const char **at, const char *end, unsigned char b) {
@@ -2103,9 +2102,16 @@ static struct {
     bool has_writer;      /* a thread writes; no other does meanwhile */
     pthread_cond_t done;  /* signals that the writer is done */
 
-    /* For the writer alone, without the lock. (What a thread writes before it unlocks a
-       mutex is seen by the next thread that locks it: here, by the next writer.) When
-       nobody writes, batch is empty, or broken is set. */
+    /* One thread at a time may use batch, and does so without the lock:
+
+         has_writer  broken   batch
+         false       false    is empty
+         true        false    belongs to the writer
+         false       true     could not be written in full; belongs to the expiry thread,
+                              and when that has ended to main (retry_batch)
+
+       has_writer and broken change only with the lock. So a thread that has looked at them
+       with the lock also sees what the thread before it did to batch. */
     struct buf batch;   /* what is being written, or could not be written in full */
     size_t written;     /* so many of its bytes are in the file */
     uint64_t batch_end; /* its last record; when batch is empty, all up to it are safe */
@@ -2215,10 +2221,9 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
    has the lock, and has seen that there is no writer, that broken is not set, and that a
-   record is not safe. (No writer, and not broken: so batch is empty, and all records up
-   to batch_end are safe. So the record that is not safe is in gathered.) While this
-   thread writes, the lock is released, and has_writer keeps the others away from
-   batch. */
+   record is not safe. (Since batch is empty, all records up to batch_end are safe. So the
+   one that is not safe is in gathered.) While this thread writes, the lock is
+   released. */
 static void be_writer(void) {
     take_batch();
     aof.has_writer = true;
@@ -2233,11 +2238,10 @@ static void be_writer(void) {
     pthread_cond_broadcast(&aof.done);
 }
 
-/* Tries again to write the batch that failed. While broken is set, no thread becomes the
-   writer, so batch is left to the expiry thread, which calls this, and later to main.
-   (The writer that set broken is done: it cleared has_writer under the same lock.)
-   Returns false when writing fails again. No thread has to be woken: be_writer has woken
-   all, and while broken is set none begins to wait. */
+/* Tries again to write the batch that failed. The expiry thread calls this while broken
+   is set, and main when that thread has ended. Returns false when writing fails again. No
+   thread has to be woken: be_writer has woken all, and while broken is set none begins
+   to wait. */
 static bool retry_batch(void) {
     if (!write_batch()) return false;
     say(WARN, "%s: works again", opt.aof);
