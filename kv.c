@@ -2110,7 +2110,7 @@ static struct {
          false       true     could not be written in full; belongs to the expiry thread,
                               and when that has ended to main (retry_batch)
 
-       has_writer and broken change only with the lock. So a thread that has looked at them
+       has_writer and broken change only with the lock. So a thread that looks at them
        with the lock also sees what the thread before it did to batch. */
     struct buf batch;   /* what is being written, or could not be written in full */
     size_t written;     /* so many of its bytes are in the file */
