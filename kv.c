@@ -920,8 +920,7 @@ static void table_insert(struct table *t, struct entry *e) {
 
 /* Takes out an entry and frees it. The buckets stay: a table never shrinks. */
 static void table_remove(struct table *t, struct entry *e) {
-    struct entry **link =
-        bucket_of(t, e->hash); /* becomes the pointer that points to e */
+    struct entry **link = bucket_of(t, e->hash); /* moves on to the pointer to e */
     while (*link != e) link = &(*link)->next;
     *link = e->next;
     deadline_clear(t, e);
@@ -2013,7 +2012,8 @@ static void run_requests(struct conn *c, const char *client) {
 
    So each request gets the error (run_request), and the errors gather in c->out, until
    nothing has come for 50 ms. Then conn_main sends them, and closes directly after that.
-   (If they fill IO_CHUNK bytes, run_requests sends some of them before.) */
+   (If they fill IO_CHUNK bytes, run_requests sends some of them before. The client still
+   waits for the others then.) */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
     while (!c->closing && stopping != GIVING_UP) {
@@ -2161,8 +2161,8 @@ static void end_batch(struct buf *b) {
 }
 
 /* Called with the lock of the record's shard, or of all shards. If memory is out,
-   nothing is appended. (It may be called while broken is set: by a request that
-   run_request has let through just before.) */
+   nothing is appended. (A request that run_request has let through may call this just
+   after broken was set. Its record is written later, and its reply is MISCONF.) */
 static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
     if (aof.fd < 0) return true;
     pthread_mutex_lock(&aof.lock);
@@ -2221,9 +2221,9 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
    has the lock, and has seen that there is no writer, that broken is not set, and that a
-   record is not safe. (Since batch is empty, all records up to batch_end are safe. So the
-   one that is not safe is in gathered.) While this thread writes, the lock is
-   released. */
+   record is not safe. (Then batch is empty, so all records up to batch_end are safe. The
+   one that is not comes later, and later records are in gathered.) While this thread
+   writes, the lock is released. */
 static void be_writer(void) {
     take_batch();
     aof.has_writer = true;
@@ -2239,9 +2239,10 @@ static void be_writer(void) {
 }
 
 /* Tries again to write the batch that failed. The expiry thread calls this while broken
-   is set, and main when that thread has ended. Returns false when writing fails again. No
-   thread has to be woken: be_writer has woken all, and while broken is set none begins
-   to wait. */
+   is set, and main when that thread has ended. Returns false when writing fails again.
+   No thread has to be woken: be_writer has woken all, and while broken is set no thread
+   begins to wait. (One that was woken may get the lock only after this. It looks again,
+   in the loop of wait_until_safe.) */
 static bool retry_batch(void) {
     if (!write_batch()) return false;
     say(WARN, "%s: works again", opt.aof);
@@ -2332,7 +2333,8 @@ static bool is_torn(struct slice file, size_t start) {
 
 /* Returns the checksum line that ends the batch at start. Returns NULL if it is not
    right, or if there is none. c->in is the file itself, mapped read-only: take_array
-   only reads it. If that refuses a record, its reply and c->closing are ignored. */
+   only reads it. If that refuses a record, it makes a reply and sets c->closing. Nobody
+   looks at these: after NULL no more is run. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2538,10 +2540,10 @@ static int open_and_lock(char *path) {
                                  closes the old file, which ends that lock
          locks the old file
 
-       This kv gets the lock only after that close. Then the file that it has locked has
-       no name any more. So it looks whether the name still leads to its file. If it does,
-       no kv can replace the file any more: only the kv that has locked a file compacts
-       it. */
+       A lock belongs to a file, not to its name. In this order of events, this kv locks a
+       file that has no name any more. (If it locked earlier or opened later, lock_file
+       would fail.) So it looks whether the name still leads to its file. If it does, that
+       stays so: only the kv that has locked a file replaces it. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
