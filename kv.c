@@ -1379,10 +1379,11 @@ static bool match_class(const char **at, const char *end, unsigned char b) {
     while (p < end && *p != ']') {
         bool escaped = *p == '\\' && end - p > 1;
         if (escaped) p++;
-        /* p[2] may be a ], which does not end the class then. */
+        /* Each turn takes the bytes from first to last. A single byte is first and last.
+           p[2] may be a ], which does not end the class then. */
         bool is_range = !escaped && end - p > 2 && p[1] == '-';
         unsigned char first = (unsigned char)p[0];
-        unsigned char last = (unsigned char)p[is_range ? 2 : 0]; /* one byte: first */
+        unsigned char last = (unsigned char)p[is_range ? 2 : 0];
         if (first <= b && b <= last) match = true;
         if (last <= b && b <= first) match = true; /* [c-a] */
         p += is_range ? 3 : 1;
@@ -1416,8 +1417,8 @@ static bool match_item(const char **at, const char *end, char b) {
    more can come. (This is dynamic programming. Its time is the number of items times the
    number of bytes.)
 
-   match is in row, so that the next key can use the memory again. If memory is out, row
-   has failed, and the result is wrong. */
+   match is in row, whose len stays 0: the next key uses the same memory. If memory is
+   out, row has failed, and the result is wrong. */
 static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
     const char *item = pattern.p, *end = pattern.p + pattern.len;
     char *match = buf_reserve(row, s.len + 1);
@@ -1979,9 +1980,10 @@ static void read_more(struct conn *c) {
     if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* A read that fills the buffer has probably left more. So the buffer is doubled for
-       the next read, up to IO_CHUNK. (It grows further, above, for a long request. If
-       there is no memory here, the next call sees that, and closes the connection.) */
+    /* A read that fills the buffer has probably left more in the socket. So the buffer is
+       doubled for the next read, up to IO_CHUNK. This is done here, because before the
+       next read the requests have been run, and nothing shows that it was full. (If there
+       is no memory, the next call sees that, and closes the connection.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
@@ -2162,7 +2164,7 @@ static void end_batch(struct buf *b) {
 
 /* Called with the lock of the record's shard, or of all shards. If memory is out,
    nothing is appended. (A request that run_request has let through may call this just
-   after broken was set. Its record is written later, and its reply is MISCONF.) */
+   after broken was set. Its record is written later, and its reply may be MISCONF.) */
 static bool aof_append(const struct slice *words, size_t n, uint64_t *number) {
     if (aof.fd < 0) return true;
     pthread_mutex_lock(&aof.lock);
@@ -2221,9 +2223,9 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
    has the lock, and has seen that there is no writer, that broken is not set, and that a
-   record is not safe. (Then batch is empty, so all records up to batch_end are safe. The
-   one that is not comes later, and later records are in gathered.) While this thread
-   writes, the lock is released. */
+   record is not safe. So gathered has at least that record, and behind it room for the
+   checksum line. (batch is empty, so all records up to batch_end are safe. All others are
+   in gathered.) While this thread writes, the lock is released. */
 static void be_writer(void) {
     take_batch();
     aof.has_writer = true;
@@ -2238,21 +2240,6 @@ static void be_writer(void) {
     pthread_cond_broadcast(&aof.done);
 }
 
-/* Tries again to write the batch that failed. The expiry thread calls this while broken
-   is set, and main when that thread has ended. Returns false when writing fails again.
-   No thread has to be woken: be_writer has woken all, and while broken is set no thread
-   begins to wait. (One that was woken may get the lock only after this. It looks again,
-   in the loop of wait_until_safe.) */
-static bool retry_batch(void) {
-    if (!write_batch()) return false;
-    say(WARN, "%s: works again", opt.aof);
-    pthread_mutex_lock(&aof.lock);
-    aof.safe = aof.batch_end;
-    aof.broken = false;
-    pthread_mutex_unlock(&aof.lock);
-    return true;
-}
-
 /* Waits until a record is safe: while another thread is the writer, this one waits; if
    none is, it becomes the writer. Returns false when writing fails. */
 static bool wait_until_safe(uint64_t record) {
@@ -2263,6 +2250,21 @@ static bool wait_until_safe(uint64_t record) {
     }
     pthread_mutex_unlock(&aof.lock);
     return aof.safe >= record;
+}
+
+/* Tries again to write the batch that failed. The expiry thread calls this while broken
+   is set, and main when that thread has ended. Returns false when writing fails again.
+   No thread has to be woken: be_writer has woken all, and while broken is set no thread
+   begins to wait. (One that was woken, but gets the lock only after this, finds its
+   record safe, or becomes the writer itself, or waits for another one.) */
+static bool retry_batch(void) {
+    if (!write_batch()) return false;
+    say(WARN, "%s: works again", opt.aof);
+    pthread_mutex_lock(&aof.lock);
+    aof.safe = aof.batch_end;
+    aof.broken = false;
+    pthread_mutex_unlock(&aof.lock);
+    return true;
 }
 
 /* Before it waits, it yields: other threads that are ready to run append their records
@@ -2540,10 +2542,11 @@ static int open_and_lock(char *path) {
                                  closes the old file, which ends that lock
          locks the old file
 
-       A lock belongs to a file, not to its name. In this order of events, this kv locks a
-       file that has no name any more. (If it locked earlier or opened later, lock_file
-       would fail.) So it looks whether the name still leads to its file. If it does, that
-       stays so: only the kv that has locked a file replaces it. */
+       A lock belongs to a file, not to its name. (If this kv locked earlier, the old file
+       would still be locked. If it opened later, it would open the new file, which is
+       locked already.) In this order of events, this kv has locked a file that has no
+       name any more. So it looks whether the name still leads to its file. If it does, no
+       kv can replace the file from now on: only the kv that has locked it does that. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
@@ -2642,7 +2645,8 @@ static void accept_client(int listener, const pthread_attr_t *attributes) {
         sleep_ms(10);
         return;
     }
-    if (clients >= opt.max_clients) sleep_ms(1); /* one that is leaving makes room */
+    /* A client may be back before the thread of its old connection has noticed. */
+    if (clients >= opt.max_clients) sleep_ms(1);
     if (clients >= opt.max_clients) {
         refuse_client(fd, "too many clients");
         return;
