@@ -1379,11 +1379,10 @@ static bool match_class(const char **at, const char *end, unsigned char b) {
     while (p < end && *p != ']') {
         bool escaped = *p == '\\' && end - p > 1;
         if (escaped) p++;
-        /* Each turn takes the bytes from first to last. A single byte is first and last.
-           p[2] may be a ], which does not end the class then. */
+        /* p[2] may be a ], which does not end the class then. */
         bool is_range = !escaped && end - p > 2 && p[1] == '-';
         unsigned char first = (unsigned char)p[0];
-        unsigned char last = (unsigned char)p[is_range ? 2 : 0];
+        unsigned char last = (unsigned char)p[is_range ? 2 : 0]; /* one byte: first */
         if (first <= b && b <= last) match = true;
         if (last <= b && b <= first) match = true; /* [c-a] */
         p += is_range ? 3 : 1;
@@ -1980,10 +1979,9 @@ static void read_more(struct conn *c) {
     if (n > 0) in->len += (size_t)n;
     if (n == 0) end_input(c);
     if (n < 0) c->closing = errno == EAGAIN ? "timeout" : strerror(errno);
-    /* A read that fills the buffer has probably left more in the socket. So the buffer is
-       doubled for the next read, up to IO_CHUNK. This is done here, because before the
-       next read the requests have been run, and nothing shows that it was full. (If there
-       is no memory, the next call sees that, and closes the connection.) */
+    /* A read that fills the buffer has probably left more. So the buffer is doubled for
+       the next read, up to IO_CHUNK. (It grows further, above, for a long request. If
+       there is no memory here, the next call sees that, and closes the connection.) */
     if (in->len == in->cap && in->cap < IO_CHUNK) buf_reserve(in, in->cap);
 }
 
@@ -2004,18 +2002,16 @@ static void run_requests(struct conn *c, const char *client) {
 }
 
 /* A client library sends a transaction as a whole, and reports the error only after it
-   has read a reply to each request. So there are three things that this must not do:
+   has read a reply to each request:
 
-     - Close at once: the library would miss replies.
-     - Wait for EXEC: a client may send MULTI alone, and wait for the reply.
-     - Send the errors at once, and close later: the client would think that the
-       transaction is over, and send its next request on this connection. That request
-       would get the error, too, although it has nothing to do with the transaction.
+        client                        this thread
+        MULTI, SET a 1, EXEC  --->    gives each the error (run_request)
+                                      waits until nothing has come for 50 ms
+        reads the replies     <---    sends the errors, and closes (conn_main)
 
-   So each request gets the error (run_request), and the errors gather in c->out, until
-   nothing has come for 50 ms. Then conn_main sends them, and closes directly after that.
-   (If they fill IO_CHUNK bytes, run_requests sends some of them before. The client still
-   waits for the others then.) */
+   The thread does not wait for EXEC, because a client may send MULTI alone. It sends the
+   errors together with the close, so that the client sends nothing else on this
+   connection. */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
     while (!c->closing && stopping != GIVING_UP) {
@@ -2112,8 +2108,8 @@ static struct {
          false       true     could not be written in full; belongs to the expiry thread,
                               and when that has ended to main (retry_batch)
 
-       has_writer and broken change only with the lock. So a thread that looks at them
-       with the lock also sees what the thread before it did to batch. */
+       (What a thread does to batch before it unlocks the mutex is seen by the next thread
+       that locks it.) */
     struct buf batch;   /* what is being written, or could not be written in full */
     size_t written;     /* so many of its bytes are in the file */
     uint64_t batch_end; /* its last record; when batch is empty, all up to it are safe */
@@ -2223,9 +2219,8 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
    has the lock, and has seen that there is no writer, that broken is not set, and that a
-   record is not safe. So gathered has at least that record, and behind it room for the
-   checksum line. (batch is empty, so all records up to batch_end are safe. All others are
-   in gathered.) While this thread writes, the lock is released. */
+   record is not safe. (It is in gathered then, because all batches before were written.)
+   While this thread writes, the lock is released. */
 static void be_writer(void) {
     take_batch();
     aof.has_writer = true;
@@ -2252,11 +2247,9 @@ static bool wait_until_safe(uint64_t record) {
     return aof.safe >= record;
 }
 
-/* Tries again to write the batch that failed. The expiry thread calls this while broken
-   is set, and main when that thread has ended. Returns false when writing fails again.
-   No thread has to be woken: be_writer has woken all, and while broken is set no thread
-   begins to wait. (One that was woken, but gets the lock only after this, finds its
-   record safe, or becomes the writer itself, or waits for another one.) */
+/* Tries again to write the batch that failed. While broken is set, no thread becomes the
+   writer, and none waits. So only the expiry thread uses batch, or main when that thread
+   has ended. Returns false when writing fails again. */
 static bool retry_batch(void) {
     if (!write_batch()) return false;
     say(WARN, "%s: works again", opt.aof);
@@ -2281,7 +2274,7 @@ static bool aof_commit(struct conn *c) {
 static bool aof_write_all(void) {
     pthread_mutex_lock(&aof.lock);
     uint64_t end = aof.end;
-    bool has_failed = aof.broken; /* this stays so until retry_batch clears it */
+    bool has_failed = aof.broken;
     pthread_mutex_unlock(&aof.lock);
     if (has_failed && !retry_batch()) return false;
     return wait_until_safe(end);
@@ -2335,8 +2328,7 @@ static bool is_torn(struct slice file, size_t start) {
 
 /* Returns the checksum line that ends the batch at start. Returns NULL if it is not
    right, or if there is none. c->in is the file itself, mapped read-only: take_array
-   only reads it. If that refuses a record, it makes a reply and sets c->closing. Nobody
-   looks at these: after NULL no more is run. */
+   only reads it. If that refuses a record, its reply and c->closing are ignored. */
 static const char *check_batch(struct conn *c, size_t start) {
     const char *end = c->in.p + c->in.len, *at = c->in.p + start;
     c->pos = start;
@@ -2542,11 +2534,9 @@ static int open_and_lock(char *path) {
                                  closes the old file, which ends that lock
          locks the old file
 
-       A lock belongs to a file, not to its name. (If this kv locked earlier, the old file
-       would still be locked. If it opened later, it would open the new file, which is
-       locked already.) In this order of events, this kv has locked a file that has no
-       name any more. So it looks whether the name still leads to its file. If it does, no
-       kv can replace the file from now on: only the kv that has locked it does that. */
+       Then the file that this kv has locked has no name any more. So it looks whether the
+       name still leads to that file. If it does, no kv can replace the file any more: for
+       that it would need the lock, which this kv has now. */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
