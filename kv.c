@@ -1413,8 +1413,8 @@ static bool match_item(const char **at, const char *end, char b) {
    There is one row, which each item overwrites. A star takes any number of bytes: all
    values after the first 1 become 1. Any other item takes one byte: match[n] becomes 1 if
    match[n - 1] was 1 before this item, and the item matches byte n. When no 1 is left, no
-   more can come. (This is dynamic programming. Its time is the number of items times the
-   number of bytes.)
+   more can come. (This is dynamic programming. Its time is at most the bytes of the
+   pattern times the bytes of s.)
 
    match is in row, whose len stays 0: the next key uses the same memory. If memory is
    out, row has failed, and the result is wrong. */
@@ -1427,7 +1427,7 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
     while (item < end) {
         const char *next = item;
         if (*item == '*') {
-            next++;
+            while (next < end && *next == '*') next++;
             for (size_t n = 1; n <= s.len; n++)
                 if (match[n - 1]) match[n] = 1; /* also if it has just become 1 */
         } else {
@@ -1572,7 +1572,8 @@ static bool cmd_http(struct conn *c) {
 /* MULTI, EXEC, WATCH and DISCARD. In Redis, MULTI begins a transaction: what follows is
    only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
    between would be run one by one, while the client believes that none was run. So
-   nothing more is run, and the connection is closed: with text at once, with RESP by
+   nothing more is run. And the connection is closed, because kv cannot know where the
+   transaction ends, EXEC may never come: with text at once, with RESP by
    refuse_transaction, because a client library first wants a reply to each request. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->in_transaction = true;
@@ -1584,7 +1585,7 @@ static bool cmd_transaction(struct conn *c) {
 static char password[1024];
 
 /* Compares the hashes, which takes the same time whichever byte of the word is wrong. So
-   nobody learns anything about the password from the time. (A wrong word has the right
+   nobody learns a byte of the password from the time. (A wrong word has the right
    hash once in 2^64 times.) */
 static bool is_password(struct slice word) {
     return siphash(table_key, word) == siphash(table_key, str(password));
@@ -2009,19 +2010,20 @@ static void run_requests(struct conn *c, const char *client) {
                                       waits until nothing has come for 50 ms
         reads the replies     <---    sends the errors, and closes (conn_main)
 
-   The thread does not wait for EXEC, because a client may send MULTI alone. It sends the
-   errors together with the close, so that the client sends nothing else on this
-   connection. */
+   It sends the errors together with the close. Otherwise a client that has all its
+   replies could send its next request on this connection, which is not of the
+   transaction, but would get the error, too. A client that sends on and on, or takes no
+   errors, is cut off after 10 s. */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
-    while (!c->closing && stopping != GIVING_UP) {
-        if (poll(&input, 1, 50) == 1) {
-            read_more(c);
-            run_requests(c, client);
-        } else {
-            c->closing = "it wants a transaction";
-        }
+    int64_t end = monotonic_us() + 10000000;
+    set_timeouts(c->fd, 10);
+    while (!c->closing && stopping != GIVING_UP && monotonic_us() < end) {
+        if (poll(&input, 1, 50) != 1) break;
+        read_more(c);
+        run_requests(c, client);
     }
+    if (!c->closing) c->closing = "it wants a transaction";
 }
 
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
@@ -2105,8 +2107,8 @@ static struct {
          has_writer  broken   batch
          false       false    is empty
          true        false    belongs to the writer
-         false       true     could not be written in full; belongs to the expiry thread,
-                              and when that has ended to main (retry_batch)
+         false       true     could not be written in full; belongs to the expiry thread
+                              or, when that has ended, to main (retry_batch)
 
        (What a thread does to batch before it unlocks the mutex is seen by the next thread
        that locks it.) */
@@ -2187,7 +2189,7 @@ static bool sync_file(int fd) {
 
 /* Makes the gathered records the next batch. Called with the lock. */
 static void take_batch(void) {
-    struct buf empty = aof.batch; /* it has no bytes, but memory for the next records */
+    struct buf empty = aof.batch; /* it has no bytes, but perhaps memory */
     aof.batch = aof.gathered;
     aof.batch_end = aof.end;
     aof.written = 0;
@@ -2576,6 +2578,7 @@ static int64_t aof_size(void) {
 static bool aof_close(void) {
     struct stat st;
     bool ok = aof_write_all();
+    if (!ok) say(ERROR, "%s: not all was written", opt.aof);
     if (!sync_file(aof.fd) || fstat(aof.fd, &st) < 0) die_of_aof("fsync");
     if (st.st_nlink == 0) say(ERROR, "%s was deleted while kv ran", opt.aof);
     return ok && st.st_nlink > 0;
