@@ -1572,9 +1572,9 @@ static bool cmd_http(struct conn *c) {
 /* MULTI, EXEC, WATCH and DISCARD. In Redis, MULTI begins a transaction: what follows is
    only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
    between would be run one by one, while the client believes that none was run. So
-   nothing more is run. And the connection is closed, because kv cannot know where the
-   transaction ends, EXEC may never come: with text at once, with RESP by
-   refuse_transaction, because a client library first wants a reply to each request. */
+   nothing more is run, and the connection is closed. A text connection is closed at once.
+   With RESP, refuse_transaction closes it, because a client library first wants a reply
+   to each request. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->in_transaction = true;
     else c->closing = "it wants a transaction";
@@ -2010,10 +2010,11 @@ static void run_requests(struct conn *c, const char *client) {
                                       waits until nothing has come for 50 ms
         reads the replies     <---    sends the errors, and closes (conn_main)
 
-   It sends the errors together with the close. Otherwise a client that has all its
-   replies could send its next request on this connection, which is not of the
-   transaction, but would get the error, too. A client that sends on and on, or takes no
-   errors, is cut off after 10 s. */
+   kv cannot know where the transaction ends, so it takes 50 ms of silence as the end. It
+   sends the last errors together with the close. If it sent them before, the client would
+   have all its replies, and could send its next request on this connection. That is not
+   of the transaction, but would get the error, too. A client that sends on and on, or
+   takes no errors, is cut off after 10 s. */
 static void refuse_transaction(struct conn *c, const char *client) {
     struct pollfd input = {.fd = c->fd, .events = POLLIN};
     int64_t end = monotonic_us() + 10000000;
