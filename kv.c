@@ -1437,7 +1437,7 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
             for (size_t n = s.len; n > 0; n--) {
                 const char *at = item;
                 bool matches = match[n - 1] && match_item(&at, end, s.p[n - 1]);
-                match[n] = matches;
+                match[n] = matches ? 1 : 0;
                 if (matches) any = true;
             }
             match[0] = 0;
@@ -2620,10 +2620,9 @@ static void refuse_client(int fd, const char *why) {
     static const char text[] = "-ERR max number of clients reached\r\n";
     if (is_first_this_second(&logged)) say(WARN, "client refused: %s", why);
     char unread[1024];
-    ssize_t n = send(fd, text, sizeof text - 1, MSG_DONTWAIT);
     /* As in hang_up, but main does not wait: the client may miss the text. */
-    n = recv(fd, unread, sizeof unread, MSG_DONTWAIT);
-    (void)n;
+    (void)send(fd, text, sizeof text - 1, MSG_DONTWAIT);
+    (void)recv(fd, unread, sizeof unread, MSG_DONTWAIT);
     close(fd);
 }
 

@@ -461,7 +461,7 @@ cluster_is_ok() { # PORT
     cli 7008 MSET m 1 n 2 | is OK
     cli 7008 APPEND m 0 | is 2
     printf 'MULTI\nSET x 1\nSET y 1\nEXEC\nDEL y\n' | cli 7008 >out
-    { cat appendonlydir/*.incr.aof && echo QUIT; } | nc 127.0.0.1 "${ports}01" | tail -n 1 | grep -q '^-ERR .*transactions'
+    { cat appendonlydir/*.incr.aof && echo QUIT; } | nc 127.0.0.1 "${ports}01" | tail -n 1 | grep -q 'ERR .*transactions'
     ask 7001 'GET x' | is '(nil)'
     cli 7008 BGREWRITEAOF >out
     wait_until is_rewritten
