@@ -2124,7 +2124,7 @@ transaction_in_pieces() {
     start_kv
     connect
     resp MULTI >&"$c"
-    (while resp INCR n && sleep 0.02; do :; done) >&"$c" 2>/dev/null &
+    (while resp INCR n && sleep 0.02; do :; done 2>/dev/null) >&"$c" &
     helpers+=("$!")
     rest "$c" | sort | uniq -c | is_like $' *[0-9]+ -ERR kv has no transactions\r'
     ask 'EXISTS n' | is 0
