@@ -129,7 +129,7 @@ second_is_refused() {
         ((status == 0))
     done
     echo "$rewritten rewrites in $rounds rounds; $unfinished of $((rounds * 8)) clients were still sending"
-    ((rewritten >= rounds && unfinished > rounds * 4))
+    ((rewritten >= rounds && unfinished > rounds * writers / 2))
 }
 
 # Whether line j is the greatest number up to n of which j is the rest; n itself may be lacking if
