@@ -128,7 +128,7 @@ second_is_refused() {
         stop_kv
         ((status == 0))
     done
-    echo "$rewritten rewrites in $rounds rounds; $unfinished of $((rounds * 8)) clients were still sending"
+    echo "$rewritten rewrites in $rounds rounds; $unfinished of $((rounds * writers)) clients were still sending"
     ((rewritten >= rounds && unfinished > rounds * writers / 2))
 }
 
