@@ -1416,15 +1416,16 @@ static bool match_item(const char **at, const char *end, char b) {
    more can come. (This is dynamic programming. Its time is at most the bytes of the
    pattern times the bytes of s.)
 
-   match is in row, whose len stays 0: the next key uses the same memory. If memory is
-   out, row has failed, and the result is wrong. */
+   match is in row, whose len stays 0: the next key uses the same memory. The result is
+   wrong if memory is out (row has failed), or once the server gives up: a pattern and a
+   key of a megabyte each take long, and this stops then. */
 static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
     const char *item = pattern.p, *end = pattern.p + pattern.len;
     char *match = buf_reserve(row, s.len + 1);
     if (!match) return false;
     memset(match, 0, s.len + 1);
     match[0] = 1;
-    while (item < end) {
+    while (item < end && stopping != GIVING_UP) {
         const char *next = item;
         if (*item == '*') {
             while (next < end && *next == '*') next++;
@@ -1434,7 +1435,7 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
             bool any = false;
             match_item(&next, end, 0); /* only to move next behind the item */
             /* Backwards, because match[n - 1] must be as it was before this item. */
-            for (size_t n = s.len; n > 0; n--) {
+            for (size_t n = s.len; n > 0 && stopping != GIVING_UP; n--) {
                 const char *at = item;
                 bool matches = match[n - 1] && match_item(&at, end, s.p[n - 1]);
                 match[n] = matches ? 1 : 0;
@@ -1473,22 +1474,24 @@ static struct slice next_key(const struct buf *keys, size_t *at) {
     return key;
 }
 
+/* A list that is cut short because the server gives up is not sent. */
 static bool cmd_keys(struct conn *c) {
     struct slice pattern = c->argc > 1 ? c->argv[1] : str("*");
     struct buf keys = {0}, found = {0}, row = {0};
     size_t n = 0;
-    for (long i = 0; i < opt.shards; i++) {
+    for (long i = 0; i < opt.shards && stopping != GIVING_UP; i++) {
         keys.len = 0;
         copy_keys(c, &shards[i], &keys);
         if (keys.failed) break;
-        for (size_t at = 0; at < keys.len;) {
+        for (size_t at = 0; at < keys.len && stopping != GIVING_UP;) {
             size_t start = at;
             if (!glob_match(pattern, next_key(&keys, &at), &row)) continue;
             buf_add(&found, keys.p + start, at - start);
             n++;
         }
     }
-    bool ok = !keys.failed && !found.failed && !row.failed;
+    bool gave_up = stopping == GIVING_UP;
+    bool ok = !keys.failed && !found.failed && !row.failed && !gave_up;
     if (ok) {
         size_t at = 0;
         list_start(c, n);
@@ -1498,6 +1501,7 @@ static bool cmd_keys(struct conn *c) {
     free(keys.p);
     free(found.p);
     free(row.p);
+    if (gave_up) return fail(c, "ERR the server stops");
     return ok || fail_oom(c);
 }
 

@@ -2552,6 +2552,19 @@ at_work() { (($(cpu_ticks) > before + 10)); }
 }
 
 # bats test_tags=stop
+@test "a request that came with a KEYS which SIGTERM cuts short is answered" {
+    start_kv
+    for i in {1..8}; do printf 'SET %d' "$i" && x 1000000 | tr x a && printf ' 1\n'; done | talk | uniq -c | is_like ' *8 OK'
+    connect
+    send_packet "$c" "INCR n\nKEYS $(printf '*a%.0s' {1..400})b\n" # short enough for one read, but seconds of work
+    set_to_work
+    kill "$pid"
+    rest "$c" | is_like 1 '\(error\) ERR the server stops|\(0 keys\)'
+    stop_kv none
+    ((status == 0))
+}
+
+# bats test_tags=stop
 @test "SIGTERM ends the server within 5 s though a client takes no replies, and lets nobody in" {
     start_kv
     ask "SET k $(x 1000)" | is OK
