@@ -350,7 +350,7 @@ struct conn {
     int wrong_passwords;
     size_t max_bytes, max_words; /* of a request */
     const char *closing;         /* why to close once the replies are sent; NULL: go on */
-    bool in_transaction;         /* runs nothing more: see refuse_transaction */
+    bool in_transaction;         /* each request gets an error: see cmd_transaction */
     struct buf in;               /* what was read */
     size_t pos;                  /* offset in in.p of the next request */
     size_t scanned;              /* bytes from pos on in which no newline was found */
@@ -1425,7 +1425,7 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
     if (!match) return false;
     memset(match, 0, s.len + 1);
     match[0] = 1;
-    while (item < end && stopping != GIVING_UP) {
+    while (item < end) {
         const char *next = item;
         if (*item == '*') {
             while (next < end && *next == '*') next++;
@@ -1576,9 +1576,9 @@ static bool cmd_http(struct conn *c) {
 /* MULTI, EXEC, WATCH and DISCARD. In Redis, MULTI begins a transaction: what follows is
    only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
    between would be run one by one, while the client believes that none was run. So
-   nothing more is run, and the connection is closed. A text connection is closed at once.
-   With RESP, refuse_transaction closes it, because a client library first wants a reply
-   to each request. */
+   nothing more is run, and the connection is closed. With RESP, all requests that have
+   arrived get the error first: a client library sends its transaction as a whole, and
+   tells its user why it failed only if each request has got a reply. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->in_transaction = true;
     else c->closing = "it wants a transaction";
@@ -2006,31 +2006,6 @@ static void run_requests(struct conn *c, const char *client) {
     }
 }
 
-/* A client library sends a transaction as a whole, and reports the error only after it
-   has read a reply to each request:
-
-        client                        this thread
-        MULTI, SET a 1, EXEC  --->    gives each the error (run_request)
-                                      waits until nothing has come for 50 ms
-        reads the replies     <---    sends the errors, and closes (conn_main)
-
-   kv cannot know where the transaction ends, so it takes 50 ms of silence as the end. It
-   sends the last errors together with the close. If it sent them before, the client would
-   have all its replies, and could send its next request on this connection. That is not
-   of the transaction, but would get the error, too. A client that sends on and on, or
-   takes no errors, is cut off after 10 s. */
-static void refuse_transaction(struct conn *c, const char *client) {
-    struct pollfd input = {.fd = c->fd, .events = POLLIN};
-    int64_t end = monotonic_us() + 10000000;
-    set_timeouts(c->fd, 10);
-    while (!c->closing && stopping != GIVING_UP && monotonic_us() < end) {
-        if (poll(&input, 1, 50) != 1) break;
-        read_more(c);
-        run_requests(c, client);
-    }
-    if (!c->closing) c->closing = "it wants a transaction";
-}
-
 /* Closes fd so that the client gets the last replies. If input is unread at close, or
    comes later, the system resets the connection, and the client's system may throw away
    replies that the client has not read yet. So this ends only our side first, and reads
@@ -2043,6 +2018,12 @@ static void hang_up(int fd) {
     shutdown(fd, SHUT_WR);
     while (recv(fd, unread, sizeof unread, 0) > 0 && monotonic_us() < end) continue;
     close(fd);
+}
+
+/* Whether input has arrived, so that the next read does not block. */
+static bool has_input(int fd) {
+    struct pollfd input = {.fd = fd, .events = POLLIN};
+    return poll(&input, 1, 0) > 0;
 }
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
@@ -2058,7 +2039,7 @@ static void *conn_main(void *arg) {
     while (!c.closing && stopping != GIVING_UP) {
         read_more(&c);
         run_requests(&c, client.text);
-        if (c.in_transaction) refuse_transaction(&c, client.text);
+        if (c.in_transaction && !has_input(c.fd)) c.closing = "it wants a transaction";
         send_replies(&c);
     }
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
@@ -2533,17 +2514,9 @@ static int open_and_lock(char *path) {
     int fd = open(opt.aof, O_RDWR | O_CREAT | O_APPEND, 0600);
     if (fd < 0 || !realpath(opt.aof, path)) die_of_aof("open");
     if (!lock_file(fd)) die_of_aof("in use by another kv");
-    /* Another kv may have compacted the file meanwhile (see write_compact):
-
-         this kv                 the other kv
-         opens the old file      has the lock of the old file
-                                 locks the new file, and gives it the name
-                                 closes the old file, which ends that lock
-         locks the old file
-
-       Then the file that this kv has locked has no name any more. So it looks whether the
-       name still leads to that file. If it does, no kv can replace the file any more: for
-       that it would need the lock, which this kv has now. */
+    /* Another kv may have compacted the file after this open and before this lock. Then
+       the name leads to its new file, and the one that is locked here has no name. (From
+       now on no other kv can compact the file: for that it needs the lock.) */
     bool ok = fstat(fd, &opened) == 0 && stat(path, &named) == 0;
     if (!ok || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)
         die(1, "%s: in use by another kv", opt.aof);
