@@ -129,7 +129,8 @@ static const struct option {
     {"-p", "--port", "N", "8080; 0: any free port", &opt.port, 0, 65535},
     {"-b", "--bind", "ADDR", "127.0.0.1; IPv4, IPv6 or a host name", &opt.bind, 0, 0},
     {"-c", "--max-clients", "N", "10000", &opt.max_clients, 1, 1000000},
-    {"-t", "--timeout", "SECONDS", "0: never; close when idle", &opt.timeout, 0, 1000000},
+    {"-t", "--timeout", "SECONDS", "0 (never); close when idle", &opt.timeout, 0,
+     1000000},
     {"", "--max-request", "BYTES", "4259840; the longest request, as it is sent",
      &opt.max_request, 1024, 1L << 29},
     {"-s", "--shards", "N", "256; a power of two", &opt.shards, 1, 4096},
@@ -283,12 +284,12 @@ struct buf {
    Replies are sent when IO_CHUNK bytes of them have gathered. */
 enum { SMALL_BUF = 512, MIN_READ = 1024, IO_CHUNK = 65536 };
 
-/* Makes room for n more bytes and returns where they go, or NULL when memory is out: then
-   b keeps what it has. The capacity doubles, so that in the long run each byte is copied
-   about once. */
+/* Makes room for n more bytes, n > 0, and returns where they go, or NULL when memory is
+   out: then b keeps what it has. The capacity doubles, so that in the long run each byte
+   is copied about once. */
 static char *buf_reserve(struct buf *b, size_t n) {
     if (b->failed) return NULL;
-    if (!b->p || b->cap - b->len < n) {
+    if (b->cap - b->len < n) {
         size_t cap = b->cap > 0 ? b->cap : SMALL_BUF;
         while (cap - b->len < n && cap <= SIZE_MAX / 2) cap *= 2;
         char *p = cap - b->len < n ? NULL : realloc(b->p, cap);
@@ -303,8 +304,8 @@ static char *buf_reserve(struct buf *b, size_t n) {
 }
 
 static void buf_add(struct buf *b, const void *p, size_t n) {
-    char *to = buf_reserve(b, n);
-    if (!to || n == 0) return;
+    char *to = n > 0 ? buf_reserve(b, n) : NULL;
+    if (!to) return;
     memcpy(to, p, n);
     b->len += n;
 }
@@ -398,7 +399,7 @@ static bool parse_int(struct slice s, int64_t *n) {
     bool minus = s.len > 0 && s.p[0] == '-';
     size_t start = minus ? 1 : 0, digits = s.len - start;
     uint64_t limit = minus ? (uint64_t)INT64_MAX + 1 : INT64_MAX;
-    uint64_t sum = 0; /* has room for 19 digits */
+    uint64_t sum = 0; /* has room for 19 digits: 10^19 < 2^64 */
     if (digits < 1 || digits > 19) return false;
     if (s.p[start] == '0' && s.len > 1) return false;
     for (size_t i = start; i < s.len; i++) {
@@ -831,7 +832,7 @@ static struct shard {
     struct table table;
     uint64_t appended; /* the last record about this shard in the append-only file */
     uint64_t hits, misses, expired; /* for INFO */
-} shards[4096]; /* as many as --shards allows; those that are not used cost no memory */
+} shards[4096]; /* as many as --shards allows; the system gives memory to those in use */
 
 static void deadline_clear(struct table *t, struct entry *e);
 
@@ -1022,9 +1023,10 @@ static bool has_expired(const struct table *t, const struct entry *e) {
    get its lock soon. Returns whether there may be more.
 
    The append-only file is not told. Each change of a key, also by EXPIRE, is recorded
-   there as a SET of its value with its deadline (see log_set), so the next start knows by
-   itself that the key has expired. (If the clock was set back before that start, the key
-   is there again. To record each expiry would cost more than this is worth.) */
+   there as a SET of its value with its deadline (see log_set). When the next start runs
+   that SET, store finds that the deadline has passed, and removes the key. (If the clock
+   was set back before that start, the key is there again. To record each expiry would
+   cost more than this is worth.) */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -1054,7 +1056,7 @@ static void *expiry_main(void *unused) {
             if (expire_some(&shards[i])) more = true;
         }
         /* Sleep even if there is more. Else, with one shard, this thread would lock it
-           again before a thread that waits for the lock gets it. */
+           again before a thread that waits for the lock gets it: a mutex has no queue. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1095,10 +1097,10 @@ struct command {
    A shard keeps the number of its last record. A connection keeps the highest number it
    has seen in any shard, also from its own changes. (Records become safe in order: with
    the highest, all others are safe.) Say A's SET becomes record 7: its shard's appended
-   is 7. B gets the key: B's seen is 7, and aof_commit delays B's reply until 7 is safe.
-   It also waits if record 7 is about another key of this shard. That is more than is
-   needed, but saves a number in each entry. And it works where A's command is DEL: then
-   there is no entry, but there still is the shard. */
+   is 7. B gets the key: unlock_key sets B's seen to 7, and aof_commit delays B's reply
+   until 7 is safe. It also waits if record 7 is about another key of this shard. That is
+   more than is needed, but saves a number in each entry. And it works where A's command
+   is DEL: then there is no entry, but there still is the shard. */
 
 /* Appends a record of n words, and sets *number to its number; without --aof does
    nothing. Returns false when memory is out. */
@@ -1433,7 +1435,7 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
                 if (match[n - 1]) match[n] = 1; /* also if it has just become 1 */
         } else {
             bool any = false;
-            match_item(&next, end, 0); /* only to move next behind the item */
+            match_item(&next, end, 0); /* only moves next behind the item */
             /* Backwards, because match[n - 1] must be as it was before this item. */
             for (size_t n = s.len; n > 0 && stopping != GIVING_UP; n--) {
                 const char *at = item;
@@ -1441,7 +1443,7 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
                 match[n] = matches ? 1 : 0;
                 if (matches) any = true;
             }
-            match[0] = 0;
+            match[0] = 0; /* an item takes a byte */
             if (!any) return false;
         }
         item = next;
@@ -1562,7 +1564,8 @@ static bool cmd_quit(struct conn *c) {
 }
 
 /* Lines that begin with "POST" or "Host:" come from a web browser that somebody has
-   tricked into talking to kv. The next lines may be commands, so none of them is run. */
+   tricked into talking to kv. The next lines may be commands, so none of them is run. (A
+   line GET / HTTP/1.1 just gets an error, and its Host: follows.) */
 static bool cmd_http(struct conn *c) {
     static atomic_llong logged;
     c->closing = "it speaks HTTP";
@@ -1577,8 +1580,9 @@ static bool cmd_http(struct conn *c) {
    only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
    between would be run one by one, while the client believes that none was run. So
    nothing more is run, and the connection is closed. With RESP, all requests that have
-   arrived get the error first: a client library sends its transaction as a whole, and
-   tells its user why it failed only if each request has got a reply. */
+   arrived get the error first, and then conn_main closes: a client library sends its
+   transaction as a whole, and tells its user why it failed only if each request has got a
+   reply. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->in_transaction = true;
     else c->closing = "it wants a transaction";
@@ -2020,7 +2024,7 @@ static void hang_up(int fd) {
     close(fd);
 }
 
-/* Whether input has arrived, so that the next read does not block. */
+/* Whether the client has sent more than was read. */
 static bool has_input(int fd) {
     struct pollfd input = {.fd = fd, .events = POLLIN};
     return poll(&input, 1, 0) > 0;
@@ -2078,7 +2082,8 @@ static void *conn_main(void *arg) {
    MISCONF, the others as usual (send_replies). While broken is set, requests that would
    write are refused (run_request). Only the expiry thread still tries to write the rest
    of the batch, once a second (retry_batch). Once that is in the file, safe is 7 and
-   broken is cleared. Then record 8 is written as the next batch. */
+   broken is cleared. Then the expiry thread, or a connection that is faster, writes
+   record 8 as the next batch. */
 static struct {
     int fd; /* -1: there is no file, or it is still being replayed */
 
@@ -2207,8 +2212,8 @@ static bool write_batch(void) {
 
 /* Makes this thread the writer: it writes all that has gathered, as a batch. The caller
    has the lock, and has seen that there is no writer, that broken is not set, and that a
-   record is not safe. (It is in gathered then, because all batches before were written.)
-   While this thread writes, the lock is released. */
+   record is not safe. (Then batch is empty, as in the first row of the table, and the
+   record is in gathered.) While this thread writes, the lock is released. */
 static void be_writer(void) {
     take_batch();
     aof.has_writer = true;
@@ -2235,9 +2240,10 @@ static bool wait_until_safe(uint64_t record) {
     return aof.safe >= record;
 }
 
-/* Tries again to write the batch that failed. While broken is set, no thread becomes the
-   writer, and none waits. So only the expiry thread uses batch, or main when that thread
-   has ended. Returns false when writing fails again. */
+/* Tries again to write the batch that failed. When be_writer set broken, it woke all that
+   waited. While broken is set, no thread begins to wait or becomes the writer: only the
+   expiry thread uses batch, or main when that thread has ended. Returns false when
+   writing fails again. */
 static bool retry_batch(void) {
     if (!write_batch()) return false;
     say(WARN, "%s: works again", opt.aof);
@@ -2459,8 +2465,8 @@ static bool write_tables(int fd) {
     return ok;
 }
 
-/* Returns false, and does not wait, if another process has the lock. The lock ends when
-   this process closes the file, or ends. */
+/* Returns false, and does not wait, if another process has the lock. The lock belongs to
+   the file, not to its name. It ends when this process closes the file, or ends. */
 static bool lock_file(int fd) {
     struct flock whole_file = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     return fcntl(fd, F_SETLK, &whole_file) == 0;
@@ -2668,7 +2674,7 @@ static void read_password(void) {
     FILE *f = fopen(opt.password_file, "r");
     size_t n = f ? fread(password, 1, sizeof password - 1, f) : 0;
     size_t len = strcspn(password, "\r\n");
-    bool has_zero = len < n && password[len] == 0; /* in that line */
+    bool has_zero = len < n && password[len] == 0; /* strcspn stops there, too */
     const char *wrong = NULL;
     if (!f || fstat(fileno(f), &st) < 0) wrong = strerror(errno);
     else if (st.st_mode & 022) wrong = "others may write it: chmod 600 helps";
@@ -2688,7 +2694,7 @@ static void on_signal(int number) {
     static atomic_llong first;
     long long now = monotonic_us(), none = 0;
     (void)number;
-    /* If first is still 0, sets it to now. */
+    /* If first is still 0, sets it to now, and returns true. */
     if (atomic_compare_exchange_strong(&first, &none, now)) stopping = ANSWERING;
     else if (now - first > 500000) _exit(1);
 }
@@ -2705,9 +2711,9 @@ static void catch_signals(void) {
 
 static int max_descriptors; /* each is below this number */
 
-/* Allows as many descriptors as --max-clients needs, and SPARE more: for the listener,
-   the file, and connections that hang_up is closing. Where there is none left, accept
-   fails, and new clients wait until others leave. */
+/* Sets the limit of descriptors, up or down, to what --max-clients needs and SPARE more:
+   for the listener, the file, and connections that hang_up is closing. Where there is
+   none left, accept fails, and new clients wait until others leave. */
 static void reserve_descriptors(void) {
     enum { SPARE = 100 };
     struct rlimit limit = {0, 0};
@@ -2747,7 +2753,7 @@ static void prepare_threads(pthread_attr_t *attributes) {
 
 /* Shuts all connections down, in one direction or in both. It tries all descriptors
    that there can be, so kv needs no list of its connections; where one is no socket,
-   shutdown just fails. */
+   shutdown just fails. (None belongs to a new client now: main accepts no more.) */
 static void shut_down_all(int how) {
     for (int fd = 3; fd < max_descriptors; fd++) (void)shutdown(fd, how);
 }

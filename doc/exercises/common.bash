@@ -112,7 +112,7 @@ gets() { # REQUEST LINE...
     local reply wanted
     wanted=$(printf '%s\n' "${@:2}")
     reply=$(ask_soon "$1")
-    [[ $reply = "$wanted" ]] || printf '%s\nis to get: %.300s\nbut gets:  %.300s\n' "${1:0:100}" "$wanted" "$reply"
+    [[ $reply = "$wanted" ]] || printf '%s\nshould get: %.300s\nbut gets:   %.300s\n' "${1:0:100}" "$wanted" "$reply"
     [[ $reply = "$wanted" ]]
 }
 
@@ -129,7 +129,7 @@ ask_soon() { printf '%s\n' "$@" | timeout 10 nc -N 127.0.0.1 "$port"; } # LINE..
 has_row() { # NAME
     local syntax
     syntax=$(ask_soon "HELP $1" | head -n 1)
-    [[ $syntax = "$1 "* ]] || { printf 'HELP %s\nbut gets:  %s\n' "$1" "$syntax" && return 1; }
+    [[ $syntax = "$1 "* ]] || { printf 'HELP %s\nbut gets:   %s\n' "$1" "$syntax" && return 1; }
     gets_error "$1" "ERR wrong number of arguments for '${1,,}' command: $syntax"
 }
 
