@@ -191,7 +191,7 @@ set_apart() { # fails where it cannot be; sets $apart, which says what it is, or
     if ((${#all[@]} < 2)); then apart='left out, as there is only one processor' && return 1; fi
     others=${all[*]::${#all[@]}-1}
     on_load=(taskset -c "${all[-1]}") on_server=(taskset -c "${others// /,}")
-    apart="redis-benchmark on processor ${all[-1]}, the server on $others: as for clients elsewhere"
+    apart="redis-benchmark on processor ${all[-1]}, the server on $others, as if clients were elsewhere"
 }
 
 set_together() { on_load=() on_server=(); }
@@ -544,8 +544,8 @@ compare_loads() { # SETTING DESCRIPTION: reads lines CONNECTIONS|TESTS|REQUESTS|
 compare_explain() {
     local fewer=''
     if ((!busy && most >= 10000)); then fewer=", of ${ROUNDS:-3} at -c 10000"; fi
-    say '\nRequests a second; in how many ms 99 of 100 were answered; processor seconds per million\n'
-    say 'requests, the server alone, user and system. Medians of %s.\n' "$rounds rounds$fewer"
+    say '\n/s: requests a second. p99 ms: the time in which 99 of 100 were answered. CPU s: processor\n'
+    say 'time of the server per million requests, user and system. Medians of %s.\n' "$rounds rounds$fewer"
     say 'The ratio is the median of the ratios kv / %s of each round, for which both are started anew.\n' \
         "$beside"
 }
@@ -554,8 +554,8 @@ compare_memory() {
     say '\n%-31s %10s %10s %6s\n' 'memory of the process (VmRSS)' kv "$beside" ratio
     memory_row key "$keys" 'bytes per key, of ' 1024
     memory_row connection $((most < 5000 ? most : 5000)) 'KiB per idle connection, of ' 1
-    say 'Keys of 16 bytes, values of 32. Each connection has said PING. What the kernel keeps for a\n'
-    say 'socket, and for a thread of kv, is not in it.\n'
+    say 'Keys of 16 bytes, values of 32. Each connection has said PING. VmRSS does not include what the\n'
+    say 'kernel keeps for a socket, and for a thread of kv.\n'
 }
 
 # How much servers that have just started grow by, in kB times FACTOR, divided by NUMBER.
@@ -628,7 +628,7 @@ aof() {
     say '%s\n' "$(redis-server --version | cut -d ' ' -f 1-3) --auto-aof-rewrite-percentage 0"
     start=${EPOCHREALTIME/./}
     run dd if=/dev/zero of="$tmp/disk" bs=64 count=200 oflag=sync 2>/dev/null || true
-    say 'Files in %s, %s; to write 64 bytes and wait for the disk takes dd %d us.\n' "${tmp%/*}" \
+    say 'Files in %s, %s; dd needs %d us to write 64 bytes and wait for the disk.\n' "${tmp%/*}" \
         "$(df -T "$tmp" 2>/dev/null | awk 'END {print $2}')" $(((${EPOCHREALTIME/./} - start) / 200))
 
     if ((busy)); then
@@ -659,7 +659,7 @@ aof_rates() { # reads lines A|B|REQUESTS|ARGUMENTS
         pair_row aof "$label" "$a" "$b" rate
     done 3<&0
     renew=''
-    say 'SET a second, redis-benchmark -c 50 -r 100000, medians of %d rounds. The ratio is the median of\n' \
+    say 'SETs a second by redis-benchmark -c 50 -r 100000, medians of %d rounds. The ratio is the median of\n' \
         "$rounds"
     say 'the ratios A / B of each round, for which both servers are started anew on a new file, with\n'
     say '%s always or everysec; kv-none has no file.\n' --fsync
@@ -689,9 +689,9 @@ aof_fsyncs() {
     pair_heading kv Redis
     pair aof 'fsyncs, always' kv-always Redis-always $((20000 * scale / 100)) fsyncs \
         -t set -r 100000 -c 50
-    pair_row aof 'fsyncs, always' kv-always Redis-always fsyncs 'fsyncs per 100 SET, always'
+    pair_row aof 'fsyncs, always' kv-always Redis-always fsyncs 'fsyncs per 100 SETs, always'
     stop kv-always Redis-always
-    say 'By strace, during redis-benchmark -c 50 -r 100000; to be traced makes an fsync slower.\n'
+    say 'Counted by strace during redis-benchmark -c 50 -r 100000. Tracing makes an fsync slower.\n'
 }
 
 fsyncs() { # NAME REQUESTS ARGUMENT...
@@ -711,9 +711,9 @@ aof_replay() {
     pair_heading 'kv, s' Redis
     pair aof "$label" kv Redis "$keys" replay
     pair_row aof "$label" kv Redis start "start, $keys records"
-    say 'Seconds until clients are let in, both with the same file of %d bytes, which kv has made\n' \
+    say 'Seconds until clients are let in, both with the same file of %d bytes, which kv wrote\n' \
         "$(wc -c <"$tmp/kv-no/aof")"
-    say 'from SET by nc, keys of 16 bytes, values of 32.\n'
+    say 'when nc sent it SETs of keys of 16 and values of 32 bytes.\n'
 }
 
 # Starts on the file of kv-no. The warm-up replays all of it too.
