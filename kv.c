@@ -1579,10 +1579,10 @@ static bool cmd_http(struct conn *c) {
 /* MULTI, EXEC, WATCH and DISCARD. In Redis, MULTI begins a transaction: what follows is
    only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
    between would be run one by one, while the client believes that none was run. So
-   nothing more is run, and the connection is closed. With RESP, all requests that have
-   arrived get the error first, and then conn_main closes: a client library sends its
-   transaction as a whole, and tells its user why it failed only if each request has got a
-   reply. */
+   nothing more is run, and the connection is closed. With RESP, each request that has
+   arrived gets the error first, and then conn_main closes: a client library sends its
+   whole transaction before it reads, and tells its user why it failed only if each
+   request has got a reply. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->in_transaction = true;
     else c->closing = "it wants a transaction";
@@ -1900,8 +1900,8 @@ static bool run_request(struct conn *c) {
     return ok;
 }
 
-/* Logs a request, its client and how long it took, but no words that may be a password.
-   If AUTH was mistyped, the word after it may be a password, too. */
+/* Logs a request, its client and how long it took. Where a word may be a password, only
+   the first word is shown. If AUTH was mistyped, the word after it may be one, too. */
 static void log_request(const struct conn *c, const char *client, int64_t us) {
     char line[512], *end = line;
     char *last = line + sizeof line - sizeof(struct text); /* one word more fits here */
@@ -1922,8 +1922,8 @@ static void log_request(const struct conn *c, const char *client, int64_t us) {
    cannot be written. Without --aof returns true at once. */
 static bool aof_commit(struct conn *c);
 
-/* Replaces all replies by MISCONF, in the form of the last request. (Where a client mixes
-   both forms, some have the wrong one.) */
+/* Replaces all replies by MISCONF, in the form of the request that came last. (Where a
+   client mixes both forms, some have the wrong one.) */
 static void replace_replies(struct conn *c) {
     c->out.len = 0;
     for (size_t i = 0; i < c->replies; i++) fail(c, MISCONF ", the outcome is unknown");
@@ -2024,10 +2024,10 @@ static void hang_up(int fd) {
     close(fd);
 }
 
-/* Whether the client has sent more than was read. */
+/* Whether there is more input, or comes within 10 ms. (Its end counts, too.) */
 static bool has_input(int fd) {
     struct pollfd input = {.fd = fd, .events = POLLIN};
-    return poll(&input, 1, 0) > 0;
+    return poll(&input, 1, 10) > 0;
 }
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
@@ -2587,6 +2587,7 @@ static void prepare_connection(int fd) {
     enum { OPEN_TIMEOUT = 10 }; /* s, before AUTH */
     bool is_short = opt.timeout > 0 && opt.timeout < OPEN_TIMEOUT;
     set_timeouts(fd, is_short ? opt.timeout : OPEN_TIMEOUT);
+    fcntl(fd, F_SETFD, FD_CLOEXEC); /* the mark by which shut_down_all knows it */
     fcntl(fd, F_SETFL, 0); /* on BSD the socket has O_NONBLOCK, as the listener has */
     set_option_of(fd, IPPROTO_TCP, TCP_NODELAY, 1);
     set_option_of(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
@@ -2752,10 +2753,14 @@ static void prepare_threads(pthread_attr_t *attributes) {
 }
 
 /* Shuts all connections down, in one direction or in both. It tries all descriptors
-   that there can be, so kv needs no list of its connections; where one is no socket,
-   shutdown just fails. (None belongs to a new client now: main accepts no more.) */
+   that there can be, so kv needs no list of its connections. A descriptor without the
+   mark may be a socket that kv has inherited, which its parent still uses. (None belongs
+   to a new client now: main accepts no more.) */
 static void shut_down_all(int how) {
-    for (int fd = 3; fd < max_descriptors; fd++) (void)shutdown(fd, how);
+    for (int fd = 3; fd < max_descriptors; fd++) {
+        bool is_marked = fcntl(fd, F_GETFD) == FD_CLOEXEC;
+        if (is_marked) (void)shutdown(fd, how);
+    }
 }
 
 static void wait_for_threads(int64_t ms) {

@@ -2340,6 +2340,19 @@ five_find_no_thread() {
     done
 }
 
+# bats test_tags=stop
+@test "a stop does not shut down a connection that kv has inherited from its parent" {
+    start_kv
+    connect
+    "$KV" -p 0 2>"$tmp/child" 3>&- 4>&- & # has $c, too
+    local child=$!
+    helpers+=("$child")
+    wait_until grep -q 'listening on' "$tmp/child"
+    kill "$child"
+    wait "$child"
+    answers "$c" PING PONG
+}
+
 # bats test_tags=commands
 @test "SIGHUP is ignored when it was at the start, as nohup does; SIGTERM ends the server then" {
     leash+=(env --ignore-signal=HUP)
