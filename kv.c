@@ -1456,7 +1456,7 @@ static bool glob_match(struct slice pattern, struct slice s, struct buf *row) {
 static void copy_keys(struct conn *c, struct shard *s, struct buf *keys) {
     const struct table *t = &s->table;
     pthread_mutex_lock(&s->lock);
-    for (size_t i = 0; i < t->size; i++) {
+    for (size_t i = 0; i < t->size && stopping != GIVING_UP; i++) {
         for (const struct entry *e = t->buckets[i]; e; e = e->next) {
             if (has_expired(t, e)) continue;
             buf_add(keys, &e->key_len, sizeof e->key_len);
@@ -1481,7 +1481,7 @@ static bool cmd_keys(struct conn *c) {
     struct slice pattern = c->argc > 1 ? c->argv[1] : str("*");
     struct buf keys = {0}, found = {0}, row = {0};
     size_t n = 0;
-    for (long i = 0; i < opt.shards && stopping != GIVING_UP; i++) {
+    for (long i = 0; i < opt.shards; i++) {
         keys.len = 0;
         copy_keys(c, &shards[i], &keys);
         if (keys.failed) break;
@@ -1579,9 +1579,9 @@ static bool cmd_http(struct conn *c) {
 /* MULTI, EXEC, WATCH and DISCARD. In Redis, MULTI begins a transaction: what follows is
    only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
    between would be run one by one, while the client believes that none was run. So
-   nothing more is run, and the connection is closed. With RESP, each request that has
-   arrived gets the error first, and then conn_main closes: a client library sends its
-   whole transaction before it reads, and tells its user why it failed only if each
+   nothing more is run, and the connection is closed. With RESP, each request that follows
+   without a pause gets the error, too, and then conn_main closes: a client library sends
+   its whole transaction before it reads, and tells its user why it failed only if each
    request has got a reply. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->in_transaction = true;
@@ -2024,10 +2024,10 @@ static void hang_up(int fd) {
     close(fd);
 }
 
-/* Whether there is more input, or comes within 10 ms. (Its end counts, too.) */
+/* Whether there is more input, or comes within 50 ms. (Its end counts, too.) */
 static bool has_input(int fd) {
     struct pollfd input = {.fd = fd, .events = POLLIN};
-    return poll(&input, 1, 10) > 0;
+    return poll(&input, 1, 50) > 0;
 }
 
 /* A connection's thread: reads, runs all that has arrived, sends all replies at once. */
@@ -2043,7 +2043,8 @@ static void *conn_main(void *arg) {
     while (!c.closing && stopping != GIVING_UP) {
         read_more(&c);
         run_requests(&c, client.text);
-        if (c.in_transaction && !has_input(c.fd)) c.closing = "it wants a transaction";
+        if (c.in_transaction && !c.closing && !has_input(c.fd))
+            c.closing = "it wants a transaction";
         send_replies(&c);
     }
     say(CLIENT, "%s closed: %s", client.text, c.closing ? c.closing : "the server stops");
