@@ -544,10 +544,10 @@ compare_loads() { # SETTING DESCRIPTION: reads lines CONNECTIONS|TESTS|REQUESTS|
 compare_explain() {
     local fewer=''
     if ((!busy && most >= 10000)); then fewer=", of ${ROUNDS:-3} at -c 10000"; fi
-    say '\n/s: requests a second. p99 ms: the time in which 99 of 100 were answered. CPU s: processor\n'
-    say 'time of the server per million requests, user and system. Medians of %s.\n' "$rounds rounds$fewer"
-    say 'The ratio is the median of the ratios kv / %s of each round, for which both are started anew.\n' \
-        "$beside"
+    say '\n/s: requests a second. p99 ms: 99 of 100 requests took no longer. CPU s: processor time of the\n'
+    say 'server per million requests, user and system. Medians of %s.\n' "$rounds rounds$fewer"
+    say 'Both servers are started anew for each round. Each round gives one ratio, kv / %s; the column\n' "$beside"
+    say 'shows their median.\n'
 }
 
 compare_memory() {
@@ -659,10 +659,11 @@ aof_rates() { # reads lines A|B|REQUESTS|ARGUMENTS
         pair_row aof "$label" "$a" "$b" rate
     done 3<&0
     renew=''
-    say 'SETs a second by redis-benchmark -c 50 -r 100000, medians of %d rounds. The ratio is the median of\n' \
+    say 'SETs a second by redis-benchmark -c 50 -r 100000, medians of %d rounds. Both servers are started\n' \
         "$rounds"
-    say 'the ratios A / B of each round, for which both servers are started anew on a new file, with\n'
-    say '%s always or everysec; kv-none has no file.\n' --fsync
+    say 'anew for each round, on a new file. Each round gives one ratio, A / B; the column shows their\n'
+    say 'median. always and everysec are values of %s.\n' --fsync
+    say 'kv-none has no file.\n'
 }
 
 start_aof() { # NAME: on a new file
@@ -711,9 +712,9 @@ aof_replay() {
     pair_heading 'kv, s' Redis
     pair aof "$label" kv Redis "$keys" replay
     pair_row aof "$label" kv Redis start "start, $keys records"
-    say 'Seconds until clients are let in, both with the same file of %d bytes, which kv wrote\n' \
+    say 'Seconds until clients are let in. Both servers load the same file of %d bytes. kv wrote it\n' \
         "$(wc -c <"$tmp/kv-no/aof")"
-    say 'when nc sent it SETs of keys of 16 and values of 32 bytes.\n'
+    say 'before, from SETs of keys of 16 bytes and values of 32 bytes.\n'
 }
 
 # Starts on the file of kv-no. The warm-up replays all of it too.
