@@ -467,7 +467,7 @@ compare() {
     fi
     if ((busy)); then
         set_busy
-        compare_loads busy 'as together, beside two processes that only burn processor time' <<'END'
+        compare_loads busy 'as in "together", with two more processes that only burn processor time' <<'END'
 1|get|10000|
 10|get|20000|
 50|get|30000|
@@ -543,11 +543,11 @@ compare_loads() { # SETTING DESCRIPTION: reads lines CONNECTIONS|TESTS|REQUESTS|
 
 compare_explain() {
     local fewer=''
-    if ((!busy && most >= 10000)); then fewer=", of ${ROUNDS:-3} at -c 10000"; fi
+    if ((!busy && most >= 10000)); then fewer=" (at -c 10000: of ${ROUNDS:-3})"; fi
     say '\n/s: requests a second. p99 ms: 99 of 100 requests took no longer. CPU s: processor time of the\n'
     say 'server per million requests, user and system. Medians of %s.\n' "$rounds rounds$fewer"
     say 'Both servers are started anew for each round. Each round gives one ratio, kv / %s; the column\n' "$beside"
-    say 'shows their median.\n'
+    say '"ratio" shows the median of these ratios.\n'
 }
 
 compare_memory() {
@@ -555,7 +555,7 @@ compare_memory() {
     memory_row key "$keys" 'bytes per key, of ' 1024
     memory_row connection $((most < 5000 ? most : 5000)) 'KiB per idle connection, of ' 1
     say 'Keys of 16 bytes, values of 32. Each connection has said PING. VmRSS does not include what the\n'
-    say 'kernel keeps for a socket, and for a thread of kv.\n'
+    say 'kernel keeps for each socket and for each thread of kv.\n'
 }
 
 # How much servers that have just started grow by, in kB times FACTOR, divided by NUMBER.
@@ -661,8 +661,8 @@ aof_rates() { # reads lines A|B|REQUESTS|ARGUMENTS
     renew=''
     say 'SETs a second by redis-benchmark -c 50 -r 100000, medians of %d rounds. Both servers are started\n' \
         "$rounds"
-    say 'anew for each round, on a new file. Each round gives one ratio, A / B; the column shows their\n'
-    say 'median. always and everysec are values of %s.\n' --fsync
+    say 'anew for each round, on a new file. Each round gives one ratio, A / B; the column "ratio" shows\n'
+    say 'the median of these ratios. Both servers have the same policy, always or everysec.\n'
     say 'kv-none has no file.\n'
 }
 
