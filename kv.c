@@ -826,7 +826,8 @@ struct table {
 
 /* lock guards the rest. To write one byte, a processor takes the whole cache line, 64
    bytes, from the other processors. So a shard begins on a cache line of its own: two
-   processors that work on two shards do not take lines from each other. */
+   processors that work on two shards do not take lines from each other. (_Alignas also
+   makes the size of a shard a multiple of 64.) */
 static struct shard {
     _Alignas(64) pthread_mutex_t lock;
     struct table table;
@@ -1024,9 +1025,9 @@ static bool has_expired(const struct table *t, const struct entry *e) {
 
    The append-only file is not told. Each change of a key, also by EXPIRE, is recorded
    there as a SET of its value with its deadline (see log_set). When the next start runs
-   that SET, store finds that the deadline has passed, and removes the key. (If the clock
-   was set back before that start, the key is there again. To record each expiry would
-   cost more than this is worth.) */
+   that SET, store finds that the deadline has passed, and removes the key with its older
+   value. (If the clock was set back before that start, the key is there again. To record
+   each expiry would cost more than this is worth.) */
 static bool expire_some(struct shard *s) {
     enum { MAX_AT_ONCE = 128 };
     struct table *t = &s->table;
@@ -1056,7 +1057,8 @@ static void *expiry_main(void *unused) {
             if (expire_some(&shards[i])) more = true;
         }
         /* Sleep even if there is more. Else, with one shard, this thread would lock it
-           again before a thread that waits for the lock gets it: a mutex has no queue. */
+           again before a thread that waits for the lock gets it: unlock wakes that
+           thread, but does not hand it the lock. */
         sleep_ms(more ? 1 : 50);
     }
     return unused;
@@ -1579,10 +1581,10 @@ static bool cmd_http(struct conn *c) {
 /* MULTI, EXEC, WATCH and DISCARD. In Redis, MULTI begins a transaction: what follows is
    only queued, and EXEC runs it. kv has none. If the connection went on, the requests in
    between would be run one by one, while the client believes that none was run. So
-   nothing more is run, and the connection is closed. With RESP, each request that follows
-   without a pause gets the error, too, and then conn_main closes: a client library sends
-   its whole transaction before it reads, and tells its user why it failed only if each
-   request has got a reply. */
+   nothing more is run, and the connection is closed. With RESP, each request that
+   follows without a pause of 50 ms gets the error, too, and then conn_main closes: a
+   client library sends its whole transaction before it reads, and tells its user why it
+   failed only if each request has got a reply. */
 static bool cmd_transaction(struct conn *c) {
     if (c->resp) c->in_transaction = true;
     else c->closing = "it wants a transaction";
@@ -2753,10 +2755,11 @@ static void prepare_threads(pthread_attr_t *attributes) {
         die(1, "cannot set up threads");
 }
 
-/* Shuts all connections down, in one direction or in both. It tries all descriptors
-   that there can be, so kv needs no list of its connections. A descriptor without the
-   mark may be a socket that kv has inherited, which its parent still uses. (None belongs
-   to a new client now: main accepts no more.) */
+/* Shuts all connections down, in one direction or in both. It tries all descriptors that
+   there can be, so kv needs no list of its connections. A descriptor without the mark
+   may be a socket that kv has inherited, which its parent still uses. (One with the mark
+   would have been closed by exec.) None belongs to a new client now: main accepts no
+   more. */
 static void shut_down_all(int how) {
     for (int fd = 3; fd < max_descriptors; fd++) {
         bool is_marked = fcntl(fd, F_GETFD) == FD_CLOEXEC;
