@@ -72,8 +72,8 @@ kv-aarch64 kv-arm kv-s390x: kv-%: kv.c
 kv-musl: kv.c
 	musl-gcc $(STRICT) -O3 -g -o $@ kv.c -pthread
 
-# FUZZ_SECONDS for each of the three; what one finds stays in doc/fuzz/corpus. A variable that
-# is read before it is set holds a pattern that is no pointer.
+# FUZZ_SECONDS for each of the three, which begins with doc/fuzz/corpus; what it finds goes to a
+# folder that it names. A variable that is read before it is set holds a pattern that is no pointer.
 FUZZ_SECONDS ?= 60
 FUZZERS       = stream word aof
 FUZZ          = clang -std=c11 -D_GNU_SOURCE -O2 -g -fsanitize=fuzzer,address,undefined \
@@ -125,7 +125,7 @@ deps: ## install what the tests need: bats 1.8 or newer, nc, parallel, patch, re
 	@bats --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 8) }' || \
 	    { echo 'bats 1.8 or newer is needed: npm install -g bats'; exit 1; }
 
-deps-all: deps ## and what make lint, make cross, .ci/run and comparisons with Redis need
+deps-all: deps ## and what the linters, other machines and comparisons with Redis need
 	@$(call install,gcc git clang musl-tools clang-format clang-tidy cppcheck shellcheck cloc \
 	    strace redis-server python3-redis prometheus-redis-exporter gnuplot-nox \
 	    nutcracker haproxy stunnel4 openssl perl \

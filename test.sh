@@ -9,8 +9,8 @@
 #     JOBS=2 ./test.sh             two at a time; four for each processor if not given
 #
 # Each test starts a server of its own on a free port and talks to it over TCP. It needs
-# bash, coreutils, awk, grep, sed and cmp, and nc as OpenBSD has it, which knows -N: half-close at
-# the end of the input. Linux tells how much memory and time a process takes (/proc).
+# bats 1.8, bash, coreutils, awk, grep, sed and cmp, and nc as OpenBSD has it, which knows -N:
+# half-close at the end of the input. Linux tells how much memory and time a process takes (/proc).
 #
 # SC2030, SC2031: bats runs each test as a process, so that its variables end with it.
 # SC2016: what single quotes keep from expanding is for an inner bash, or goes to kv as it is.

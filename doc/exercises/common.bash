@@ -190,11 +190,11 @@ hunt_with() { # PROGRAM: sets $tests, $failed and $skipped to how many there are
     rm -f "$tmp/kv" && cp "$1" "$tmp/kv"
     # bats inside bats: the inner one begins as if there were no other.
     env -i PATH="${PATH#"${BATS_LIBEXEC:-}:"}" HOME="${HOME:-/}" KV="$tmp/kv" SANITIZER="${SANITIZER:-}" \
-        TSAN_OPTIONS="$TSAN_OPTIONS" timeout "${hunt_time:-18}" bats --tap "$HUNT" >"$found" 2>&1 </dev/null 3>&- || status=$?
+        TSAN_OPTIONS="$TSAN_OPTIONS" timeout "${hunt_time:-${HUNT_TIME:-18}}" bats --tap "$HUNT" >"$found" 2>&1 </dev/null 3>&- || status=$?
     tests=$(grep -cE '^(not )?ok ' "$found") || true
     failed=$(grep -c '^not ok ' "$found") || true
     skipped=$(grep -cE '^(not )?ok .*# skip' "$found") || true
-    if ((status == 124)); then failed=1 && echo "your tests did not end within ${hunt_time:-18} s"; fi
+    if ((status == 124)); then failed=1 && echo "your tests did not end within ${hunt_time:-${HUNT_TIME:-18}} s"; fi
     if ((status != 0 && failed == 0)); then failed=1 && echo "bats ended with status $status"; fi
     cat "$found"
 }
