@@ -60,7 +60,16 @@ second_is_refused() {
     loads_the_same DBSIZE 'GET n'
 }
 
+# One try can miss writes that are lost: on a busy machine none may fall amid the last rewrite.
 @test "FLUSHALL, deadlines and deletions amid a rewrite are as they were after a restart" {
+    for _ in 1 2 3; do
+        amid_rewrites
+        stop_kv KILL
+        rm "$tmp/aof"
+    done
+}
+
+amid_rewrites() {
     start_kv --fsync no
     seq -f "SET k%.0f $(x 300)" 30000 | nc -N 127.0.0.1 "$port" >"$tmp/out"
     for i in 1 2 3 4 5; do
