@@ -2533,7 +2533,6 @@ set_to_work() {
 
 at_work() { (($(cpu_ticks) > before + 10)); }
 
-# A list that says how many there are is believed.
 # bats test_tags=stop
 @test "SIGTERM ends the server within 5 s though many clients wait for the one shard with KEYS" {
     start_kv -s 1
@@ -2546,6 +2545,7 @@ at_work() { (($(cpu_ticks) > before + 10)); }
     ((status == 0 && took < 5000))
 }
 
+# A list that says how many there are is believed.
 # bats test_tags=stop
 @test "KEYS that SIGTERM cuts short does not pass for the full list" {
     start_kv
